@@ -1,0 +1,25 @@
+# syntax=docker/dockerfile:1
+# The same image as `make image`: one static binary, the public certificate roots, a name for uid 65532. No shell.
+
+FROM rust:1.95.0-bookworm AS build
+WORKDIR /src
+COPY . .
+# --target keeps the flags away from build scripts.
+RUN --mount=type=cache,target=/usr/local/cargo/registry \
+    triple=$(rustc -vV | sed -n 's/^host: //p') \
+ && RUSTFLAGS="-C target-feature=+crt-static" cargo build --release --locked --bin imagemirror --target "$triple" \
+ && mkdir -p /image/etc/ssl/certs \
+ && install -m 0755 "target/$triple/release/imagemirror" /image/imagemirror \
+ && install -m 0644 /etc/ssl/certs/ca-certificates.crt /image/etc/ssl/certs/ca-certificates.crt \
+ && echo 'imagemirror:x:65532:65532:imagemirror:/:/nonexistent' > /image/etc/passwd \
+ && echo 'imagemirror:x:65532:' > /image/etc/group
+
+FROM scratch
+ARG VERSION=0.1.0
+LABEL org.opencontainers.image.title="imagemirror" \
+      org.opencontainers.image.version="$VERSION" \
+      org.opencontainers.image.licenses="Apache-2.0"
+COPY --from=build /image/ /
+WORKDIR /
+USER 65532
+ENTRYPOINT ["/imagemirror"]

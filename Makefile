@@ -1,0 +1,93 @@
+# The commands a person needs. `make` alone lists them.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+# The static binary is built for this machine's own triple, named so that its flags do not reach build scripts.
+TRIPLE = $(shell rustc -vV | sed -n 's/^host: //p')
+TARGET_DIR = $(or $(CARGO_TARGET_DIR),target)
+BINARY = $(TARGET_DIR)/$(TRIPLE)/release/imagemirror
+
+CRD = crds/imagemirrors.imagemirror.dev.yaml
+CHART_CRD = charts/imagemirror/files/crd.yaml
+VERSION = $(shell sed -n 's/^version = "\(.*\)"$$/\1/p' Cargo.toml | head -n 1)
+
+CARGO_DENY = 0.20.2
+
+# The one way in which programs and tests are built: other selections have other features, and build much of it again.
+BUILD = cargo build --workspace --bins --tests --locked
+
+# Most tests wait for a server, not for a processor.
+export RUST_TEST_THREADS ?= 8
+
+.PHONY: help
+help: ## List these commands
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)$$/\1\t\2/p' Makefile | while IFS=$$'\t' read -r name text; do printf '  make %-16s %s\n' "$$name" "$$text"; done
+
+.PHONY: demo
+demo: release ## Mirror three images between real registries under a real Kubernetes API; KEEP=1 leaves it running
+	cargo run --locked -p testenv -- demo --binary $(BINARY) $(if $(KEEP),--keep)
+
+# Built before the environment starts: an error of the compiler should not wait for it.
+.PHONY: test
+test: release ## Run every test against a real control plane and real registries
+	$(BUILD)
+	TESTENV=$(TARGET_DIR)/debug/testenv hack/image $(BINARY) $(TARGET_DIR)/image
+	$(TARGET_DIR)/debug/testenv up -- cargo test --workspace --locked
+
+.PHONY: release
+release: ## Build the static binary
+	RUSTFLAGS="-C target-feature=+crt-static" cargo build --release --locked --bin imagemirror --target $(TRIPLE)
+
+.PHONY: image
+image: release ## Assemble the container image in target/image/oci, without Docker
+	hack/image $(BINARY) $(TARGET_DIR)/image
+
+.PHONY: generate
+generate: ## Write the CRD from the Rust types, for crds/ and for the chart
+	mkdir -p $(dir $(CHART_CRD)) $(TARGET_DIR)
+	cargo run --quiet --locked --bin imagemirror -- crd > $(TARGET_DIR)/crd.yaml
+	cp $(TARGET_DIR)/crd.yaml $(CRD)
+	cp $(TARGET_DIR)/crd.yaml $(CHART_CRD)
+
+.PHONY: check-generated
+check-generated: ## Fail, with a diff, when something generated or kept twice differs
+	@$(BUILD)
+	@$(TARGET_DIR)/debug/imagemirror crd > $(TARGET_DIR)/crd.yaml
+	@diff -u $(CRD) $(TARGET_DIR)/crd.yaml || { echo '$(CRD) is not current: run `make generate`' >&2; exit 1; }
+	@diff -u $(CHART_CRD) $(TARGET_DIR)/crd.yaml || { echo '$(CHART_CRD) is not current: run `make generate`' >&2; exit 1; }
+	@diff -u --label config/rbac/clusterrole.yaml --label charts/imagemirror/templates/_helpers.tpl \
+	  <(sed -n '/^rules:/,/^---/p' config/rbac/clusterrole.yaml | sed '1d;$$d') \
+	  <(sed -n '/define "imagemirror.mirrorRules"/,/end -}}/p' charts/imagemirror/templates/_helpers.tpl | sed '1d;$$d') \
+	  || { echo 'the ClusterRole of config/rbac and of the chart must be the same' >&2; exit 1; }
+	@grep -qx 'version: $(VERSION)' charts/imagemirror/Chart.yaml \
+	  && grep -qx 'appVersion: "$(VERSION)"' charts/imagemirror/Chart.yaml \
+	  && grep -qx '  newTag: $(VERSION)' config/default/kustomization.yaml \
+	  || { echo 'Chart.yaml and config/default/kustomization.yaml must name the version of Cargo.toml, $(VERSION)' >&2; exit 1; }
+	@echo 'generated files are current'
+
+.PHONY: fmt
+fmt: ## Format the code
+	cargo fmt --all
+
+.PHONY: lint
+lint: ## Check the format, clippy and the documentation, with and without Kubernetes
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets --locked -- -D warnings
+	cargo clippy --lib --no-default-features --locked -- -D warnings
+	cargo check --lib --no-default-features --locked
+	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked
+
+.PHONY: deny
+deny: ## Check the licences and sources of all dependencies
+	command -v cargo-deny >/dev/null || cargo install --locked cargo-deny --version $(CARGO_DENY)
+	cargo deny check bans licenses sources
+
+.PHONY: tools
+tools: ## Build the programs of the test environment and print where they are
+	cargo run --quiet --locked -p testenv -- tools
+
+.PHONY: ci
+ci: ## Do what CI does
+	.ci/run

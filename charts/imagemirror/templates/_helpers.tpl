@@ -1,0 +1,100 @@
+{{/* The chart's name, or nameOverride. */}}
+{{- define "imagemirror.name" -}}
+{{- default .Chart.Name .Values.nameOverride | trunc 63 | trimSuffix "-" -}}
+{{- end -}}
+
+{{/* The name of every object: the release's, with the chart's where that is not in it already. */}}
+{{- define "imagemirror.fullname" -}}
+{{- if .Values.fullnameOverride -}}
+{{- .Values.fullnameOverride | trunc 63 | trimSuffix "-" -}}
+{{- else -}}
+{{- $name := include "imagemirror.name" . -}}
+{{- if contains $name .Release.Name -}}
+{{- .Release.Name | trunc 63 | trimSuffix "-" -}}
+{{- else -}}
+{{- printf "%s-%s" .Release.Name $name | trunc 63 | trimSuffix "-" -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{/* The name of the metrics Service, cut so that it still fits. */}}
+{{- define "imagemirror.metricsName" -}}
+{{- printf "%s-metrics" (include "imagemirror.fullname" . | trunc 55 | trimSuffix "-") -}}
+{{- end -}}
+
+{{/* Cluster-scoped objects carry the namespace, so that two releases of one name do not meet. */}}
+{{- define "imagemirror.clusterName" -}}
+{{- printf "%s:%s" .Release.Namespace (include "imagemirror.fullname" .) -}}
+{{- end -}}
+
+{{- define "imagemirror.selectorLabels" -}}
+app.kubernetes.io/name: {{ include "imagemirror.name" . }}
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end -}}
+
+{{/* commonLabels come last, and cannot replace the labels of the chart. */}}
+{{- define "imagemirror.labels" -}}
+{{- $own := dict
+  "helm.sh/chart" (printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | trunc 63 | trimSuffix "-")
+  "app.kubernetes.io/name" (include "imagemirror.name" .)
+  "app.kubernetes.io/instance" .Release.Name
+  "app.kubernetes.io/version" (.Chart.AppVersion | replace "+" "_")
+  "app.kubernetes.io/managed-by" .Release.Service -}}
+{{- merge $own (deepCopy .Values.commonLabels) | toYaml -}}
+{{- end -}}
+
+{{- define "imagemirror.serviceAccountName" -}}
+{{- if .Values.serviceAccount.create -}}
+{{- default (include "imagemirror.fullname" .) .Values.serviceAccount.name -}}
+{{- else -}}
+{{- default "default" .Values.serviceAccount.name -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "imagemirror.image" -}}
+{{- if .Values.image.digest -}}
+{{- printf "%s@%s" .Values.image.repository .Values.image.digest -}}
+{{- else -}}
+{{- printf "%s:%s" .Values.image.repository (.Values.image.tag | default .Chart.AppVersion) -}}
+{{- end -}}
+{{- end -}}
+
+{{/* The operator's configuration: config, and the namespaces that the roles were made for. */}}
+{{- define "imagemirror.config" -}}
+{{- $config := deepCopy .Values.config -}}
+{{- with .Values.watchNamespaces -}}
+{{- $_ := set $config "watchNamespaces" . -}}
+{{- end -}}
+{{- toYaml $config -}}
+{{- end -}}
+
+{{/* IPv6 addresses want brackets before a port. */}}
+{{- define "imagemirror.listen" -}}
+{{- $host := .Values.metrics.bindAddress -}}
+{{- if contains ":" $host -}}{{- $host = printf "[%s]" $host -}}{{- end -}}
+{{- printf "%s:%d" $host (int .Values.metrics.port) -}}
+{{- end -}}
+
+{{/* What the operator does with ImageMirrors, in the whole cluster or in one namespace. */}}
+{{- define "imagemirror.mirrorRules" -}}
+# The objects themselves. The operator never creates, changes or deletes one.
+- apiGroups: [imagemirror.dev]
+  resources: [imagemirrors]
+  verbs: [get, list, watch]
+# Their status, by server-side apply and nothing else.
+- apiGroups: [imagemirror.dev]
+  resources: [imagemirrors/status]
+  verbs: [patch]
+# Registry credentials and CA certificates, one by one and by name, in the object's own namespace. No list, no watch.
+- apiGroups: [""]
+  resources: [secrets]
+  verbs: [get]
+# The imagePullSecrets of spec.serviceAccountName. No tokens are made.
+- apiGroups: [""]
+  resources: [serviceaccounts]
+  verbs: [get]
+# One event per transition; patch counts a repeated one up.
+- apiGroups: [events.k8s.io]
+  resources: [events]
+  verbs: [create, patch]
+{{- end -}}

@@ -1,0 +1,352 @@
+//! `imagemirror.dev/v1alpha1`. The descriptions here are what `kubectl explain imagemirror` prints.
+//!
+//! No field of the spec has a default in the schema: defaults inside lists make GitOps tools see a difference for
+//! ever. Grammar lives in patterns, which cost no CEL budget; what excludes or requires what lives in CEL rules.
+
+#![allow(unreachable_pub, reason = "the derive macro for the schema repeats the types inside a function")]
+
+use jiff::Timestamp;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
+use kube::{CustomResource, KubeSchema};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::{oci::Digest, reason::Reason};
+
+/// A duration such as `90s`, `1h` or `1h30m`.
+const DURATION: &str = r"^([0-9]+(\.[0-9]+)?(ms|s|m|h))+$";
+/// `host[:port]`.
+const HOST: &str = r"^([A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?(\.[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?)*|\[[0-9a-fA-F:.]+\])(:[0-9]{1,5})?$";
+/// `[host[:port]/]repository[:tag][@digest]`.
+const SOURCE: &str = r"^(([A-Za-z0-9.-]+|\[[0-9a-fA-F:.]+\])(:[0-9]{1,5})?/)?[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*(/[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*)*(:[A-Za-z0-9_][A-Za-z0-9._-]{0,127})?(@(sha256:[a-f0-9]{64}|sha512:[a-f0-9]{128}))?$";
+/// A tag.
+const TAG: &str = r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,127}$";
+/// A repository in which `{registry}`, `{repository}`, `{parent}` and `{name}` may stand.
+const TEMPLATE: &str = r"^([a-z0-9._/-]|\{(registry|repository|parent|name)\})+$";
+/// The name of a Secret or `ServiceAccount`.
+const OBJECT_NAME: &str = r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$";
+
+/// Images that are kept in step at a target registry.
+#[derive(CustomResource, KubeSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
+#[kube(
+    group = "imagemirror.dev",
+    version = "v1alpha1",
+    kind = "ImageMirror",
+    namespaced,
+    status = "ImageMirrorStatus",
+    shortname = "imir",
+    category = "imagemirror",
+    doc = "An ImageMirror names container images, a target registry and pull secrets. The operator copies what is missing at the target, byte for byte, keeps it in step, and says the truth about it in the status.",
+    selectable = ".spec.target.registry",
+    printcolumn(name = "Ready", type_ = "string", json_path = r#".status.conditions[?(@.type=="Ready")].status"#),
+    printcolumn(name = "Synced", type_ = "string", json_path = ".status.synced"),
+    printcolumn(name = "Failed", type_ = "integer", json_path = ".status.summary.failed"),
+    printcolumn(name = "Target", type_ = "string", json_path = ".spec.target.registry"),
+    printcolumn(name = "Last Sync", type_ = "date", json_path = ".status.lastSync.finishedAt"),
+    printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp"),
+    printcolumn(name = "Reason", type_ = "string", json_path = r#".status.conditions[?(@.type=="Ready")].reason"#, priority = 1),
+    printcolumn(name = "Message", type_ = "string", json_path = r#".status.conditions[?(@.type=="Ready")].message"#, priority = 1),
+    printcolumn(name = "Suspended", type_ = "boolean", json_path = ".spec.suspend", priority = 1),
+    validation = Rule::new("self.metadata.name.size() <= 52").message("metadata.name must be at most 52 characters")
+)]
+#[serde(rename_all = "camelCase")]
+pub struct ImageMirrorSpec {
+    /// What to mirror. Example: `{source: gcr.io/datadoghq/agent, tags: ["7.70.0"]}`.
+    #[schemars(length(min = 1, max = 500))]
+    #[x_kube(merge_strategy = ListMerge::Atomic)]
+    pub images: Vec<Image>,
+    /// Where to mirror it to.
+    pub target: Target,
+    /// Secrets of this namespace with credentials for the sources, matched by registry and repository as the kubelet
+    /// matches them: kubernetes.io/dockerconfigjson, kubernetes.io/dockercfg, or kubernetes.io/basic-auth with the
+    /// annotation imagemirror.dev/registry. When absent, sources are read without a credential.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 32))]
+    #[x_kube(merge_strategy = ListMerge::Map(vec!["name".into()]))]
+    pub image_pull_secrets: Vec<SecretReference>,
+    /// A `ServiceAccount` of this namespace whose imagePullSecrets are appended to those named here. When absent, none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 253), regex(pattern = OBJECT_NAME))]
+    pub service_account_name: Option<String>,
+    /// How to reach single registries. When absent: TLS with the system's certificates, or what the operator's
+    /// configuration says of the host.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 32))]
+    #[x_kube(merge_strategy = ListMerge::Map(vec!["host".into()]))]
+    pub registries: Vec<Registry>,
+    /// How often everything is compared again, at least 30s, with a jitter of 5 %. Example: `6h`. When absent: 1h.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 32), regex(pattern = DURATION))]
+    #[x_kube(validation = Rule::new("duration(self) >= duration('30s')").message("interval must be at least 30s, for example 1h"))]
+    pub interval: Option<String>,
+    /// Start no more runs; one that is running ends by itself. When absent: false.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub suspend: Option<bool>,
+    /// How long one whole run may take. Example: `30m`. When absent: 6h.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 32), regex(pattern = DURATION))]
+    #[x_kube(validation = Rule::new("duration(self) > duration('0s')").message("timeout must be longer than 0s, for example 6h"))]
+    pub timeout: Option<String>,
+}
+
+/// One source repository and which of its images are wanted.
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
+#[serde(rename_all = "camelCase")]
+#[x_kube(
+    validation = Rule::new("!has(self.tags) || !self.source.contains('@')").message("source has a digest: remove tags; write targetTags for the tags to write at the target"),
+    validation = Rule::new("!has(self.tags) || !self.source.matches('^[^@]*:[^/@]+(@|$)')").message("source has a tag: write tags either in source or in tags, not in both"),
+    validation = Rule::new("has(self.tags) || self.source.contains('@') || self.source.matches('^[^@]*:[^/@]+(@|$)')").message("name what to mirror: add a tag to source, as in registry.example.com/app:1.0, or list tags"),
+    validation = Rule::new("!self.source.contains('@') || self.source.matches('^[^@]*:[^/@]+(@|$)') || has(self.targetTags)").message("source has a digest and no tag: write targetTags, the tags to write at the target"),
+    validation = Rule::new("!has(self.targetTags) || !has(self.tags) || self.tags.size() == 1").message("targetTags is for a source with one tag or a digest: list one tag, or remove targetTags")
+)]
+pub struct Image {
+    /// `repository`, `repository:tag`, `repository@digest` or `repository:tag@digest`. With a digest that digest is
+    /// copied and the tag is not followed. Docker Hub short names are read as Docker reads them. Example:
+    /// `gcr.io/datadoghq/agent`.
+    #[schemars(length(min = 1, max = 512), regex(pattern = SOURCE))]
+    pub source: String,
+    /// Tags to mirror by name; not together with a tag or digest in source. Example: `["7.70.0"]`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(min = 1, max = 100), inner(regex(pattern = TAG)))]
+    #[x_kube(merge_strategy = ListMerge::Set)]
+    pub tags: Vec<String>,
+    /// The repository at the target for this image; a template as target.repository is. When absent:
+    /// target.repository.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 255), regex(pattern = TEMPLATE))]
+    pub target_repository: Option<String>,
+    /// Tags to write at the target, for a source with one tag or a digest. When absent: the source's tag.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(min = 1, max = 100), inner(regex(pattern = TAG)))]
+    #[x_kube(merge_strategy = ListMerge::Set)]
+    pub target_tags: Vec<String>,
+}
+
+/// Where images are mirrored to.
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct Target {
+    /// The registry as host or host:port, without a scheme and without a path. Example: `registry.example.com`.
+    #[schemars(length(min = 1, max = 253), regex(pattern = HOST))]
+    pub registry: String,
+    /// The repository: a template of {registry} (`:` becomes `-`), {repository} (the full path at the source),
+    /// {parent} (the path without its last part) and {name} (the last part). Example: `datadog/{name}`. When absent:
+    /// `{repository}`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 255), regex(pattern = TEMPLATE))]
+    pub repository: Option<String>,
+    /// The Secret with credentials for the target. When absent: imagePullSecrets are matched for the target too.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub secret_ref: Option<SecretReference>,
+}
+
+/// The name of a Secret in the object's own namespace.
+#[derive(Serialize, Deserialize, JsonSchema, Clone, Debug, Default, PartialEq)]
+pub struct SecretReference {
+    /// The Secret's name.
+    #[schemars(length(min = 1, max = 253), regex(pattern = OBJECT_NAME))]
+    pub name: String,
+}
+
+/// How to reach one registry.
+#[derive(Serialize, Deserialize, JsonSchema, Clone, Debug, Default, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct Registry {
+    /// The registry as host or host:port, as it stands in source or target. Example: `registry.example.com:5000`.
+    #[schemars(length(min = 1, max = 253), regex(pattern = HOST))]
+    pub host: String,
+    /// Talk HTTP without TLS. When absent: false.
+    #[serde(default, rename = "plainHTTP", skip_serializing_if = "Option::is_none")]
+    pub plain_http: Option<bool>,
+    /// A Secret with `ca.crt` (certificates to trust beside the system's), and `tls.crt` with `tls.key` to show a client
+    /// certificate. When absent: the system's certificates.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cert_secret_ref: Option<SecretReference>,
+}
+
+/// What the operator last saw.
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct ImageMirrorStatus {
+    /// The generation of the spec that this status is about; -1 before the operator has read it.
+    #[serde(default = "unobserved")]
+    pub observed_generation: i64,
+    /// The value of the annotation imagemirror.dev/requestedAt whose run has ended.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_handled_reconcile_at: Option<String>,
+    /// Ready, Reconciling (only when true), Stalled (only when true), `CredentialsResolved`, `TargetInSync`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[x_kube(merge_strategy = ListMerge::Map(vec!["type".into()]))]
+    pub conditions: Vec<Condition>,
+    /// Images in step of all images, such as `118/120`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub synced: Option<String>,
+    /// Images counted by state.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub summary: Option<Summary>,
+    /// The last run that ended.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_sync: Option<LastSync>,
+    /// How far the current run is; only while one is running that has something to copy.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub progress: Option<ProgressStatus>,
+    /// The first failures, at most 20.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[x_kube(merge_strategy = ListMerge::Atomic)]
+    #[schemars(length(max = 20))]
+    pub failures: Vec<FailureStatus>,
+    /// Every image, if there are at most 100 and they fit in 48 KiB; else absent.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[x_kube(merge_strategy = ListMerge::Atomic)]
+    #[schemars(length(max = 100))]
+    pub images: Vec<ImageStatus>,
+    /// Whether images is absent because there are too many.
+    #[serde(default)]
+    pub truncated: bool,
+}
+
+fn unobserved() -> i64 {
+    -1
+}
+
+impl Default for ImageMirrorStatus {
+    fn default() -> Self {
+        Self {
+            observed_generation: unobserved(),
+            last_handled_reconcile_at: None,
+            conditions: Vec::new(),
+            synced: None,
+            summary: None,
+            last_sync: None,
+            progress: None,
+            failures: Vec::new(),
+            images: Vec::new(),
+            truncated: false,
+        }
+    }
+}
+
+/// Images counted by state.
+#[derive(Serialize, Deserialize, JsonSchema, Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Summary {
+    /// All images.
+    pub total: i64,
+    /// Images whose target tag has the wanted digest.
+    pub synced: i64,
+    /// Images that no run has ended for.
+    pub pending: i64,
+    /// Images that the last run could not bring in step.
+    pub failed: i64,
+    /// Images whose target a policy left as it is.
+    pub skipped: i64,
+}
+
+/// The last run that ended.
+#[derive(Serialize, Deserialize, JsonSchema, Clone, Debug, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct LastSync {
+    /// The generation it was for.
+    pub generation: i64,
+    /// A hash of the spec without suspend, interval and timeout.
+    pub spec_hash: String,
+    /// When it began.
+    pub started_at: Time,
+    /// When it ended.
+    pub finished_at: Time,
+    /// Bytes of blobs sent to the target.
+    pub bytes_copied: i64,
+    /// Blobs sent to the target.
+    pub blobs_copied: i64,
+    /// Blobs that the target took from another of its repositories.
+    pub blobs_mounted: i64,
+    /// Blobs that the target had.
+    pub blobs_present: i64,
+}
+
+/// How far the current run is.
+#[derive(Serialize, Deserialize, JsonSchema, Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[serde(rename_all = "camelCase")]
+pub struct ProgressStatus {
+    /// Bytes that are at the target.
+    pub bytes_done: i64,
+    /// Bytes of everything found so far.
+    pub bytes_total: i64,
+    /// Images finished.
+    pub images_done: i64,
+    /// All images.
+    pub images_total: i64,
+}
+
+/// An image that is not in step.
+#[derive(Serialize, Deserialize, JsonSchema, Clone, Debug, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct FailureStatus {
+    /// The source with its tag or digest.
+    pub source: String,
+    /// The target with its tag.
+    pub target: String,
+    /// Why, of the closed list of reasons.
+    #[schemars(with = "String")]
+    pub reason: Reason,
+    /// What happened, where, and what to do.
+    pub message: String,
+    /// When it first failed.
+    pub since: Time,
+    /// Runs in a row that it failed in.
+    pub attempts: i64,
+}
+
+/// One image.
+#[derive(Serialize, Deserialize, JsonSchema, Clone, Debug, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct ImageStatus {
+    /// The source without its tag.
+    pub source: String,
+    /// The tag or digest at the source.
+    pub tag: String,
+    /// The target with its tag.
+    pub target: String,
+    /// The digest at the target.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<String>")]
+    pub digest: Option<Digest>,
+    /// The digest at the source.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<String>")]
+    pub source_digest: Option<Digest>,
+    /// Pending, Synced, Failed or Skipped.
+    #[schemars(with = "String")]
+    pub state: ImageState,
+    /// When the target tag was written, or first seen in step.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub synced_at: Option<Time>,
+}
+
+/// The state of one image.
+#[derive(Serialize, Deserialize, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ImageState {
+    /// No run has ended for it.
+    Pending,
+    /// The target tag has the wanted digest.
+    Synced,
+    /// The last run could not bring it in step.
+    Failed,
+    /// A policy left the target as it is.
+    Skipped,
+}
+
+impl ImageMirror {
+    /// The value of the annotation that asks for a sync now.
+    #[must_use]
+    pub fn requested_at(&self) -> Option<&str> {
+        self.metadata.annotations.as_ref()?.get(super::REQUESTED_AT).map(String::as_str)
+    }
+}
+
+impl LastSync {
+    /// When it ended.
+    #[must_use]
+    pub fn finished(&self) -> Timestamp {
+        self.finished_at.0
+    }
+}

@@ -1,0 +1,190 @@
+//! Bearer tokens (distribution-spec, token authentication): one fetch per key at a time, renewed at 80 % of life.
+
+use std::{
+    collections::HashMap,
+    fmt,
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+
+use secrecy::SecretString;
+use serde::Deserialize;
+use tokio::sync::Mutex as AsyncMutex;
+
+use crate::oci::{Digest, RepositoryName};
+
+/// What the specification says of tokens that do not name their life.
+const DEFAULT_LIFE: Duration = Duration::from_mins(1);
+
+/// What a token is asked for.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Scope {
+    /// Read from a repository.
+    Pull(RepositoryName),
+    /// Read from and write to a repository.
+    PullPush(RepositoryName),
+}
+
+impl fmt::Display for Scope {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Pull(name) => write!(f, "repository:{name}:pull"),
+            Self::PullPush(name) => write!(f, "repository:{name}:pull,push"),
+        }
+    }
+}
+
+/// What a token is valid for. Two tenants never share one, unless host, transport and credential are all equal.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct TokenKey {
+    /// The registry with its transport: host, TLS or not, CA, client certificate.
+    pub registry: String,
+    /// The fingerprint of the credential; `None` is anonymous.
+    pub credential: Option<Digest>,
+    /// What the token is for.
+    pub scope: Scope,
+}
+
+/// A bearer token and when to renew it.
+#[derive(Clone)]
+pub struct Token {
+    value: SecretString,
+    renew_at: Instant,
+}
+
+/// An answer of a token server that is not a token.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the token server's answer holds no token")]
+pub struct TokenError;
+
+#[derive(Deserialize)]
+struct Answer {
+    token: Option<SecretString>,
+    access_token: Option<SecretString>,
+    expires_in: Option<u64>,
+}
+
+impl Token {
+    /// Reads the body of a token server's answer that arrived at `now`. The server's own clock is not looked at.
+    pub fn from_answer(body: &[u8], now: Instant) -> Result<Self, TokenError> {
+        use secrecy::ExposeSecret;
+        let answer: Answer = serde_json::from_slice(body).map_err(|_| TokenError)?;
+        let value = [answer.token, answer.access_token]
+            .into_iter()
+            .flatten()
+            .find(|value| !value.expose_secret().is_empty())
+            .ok_or(TokenError)?;
+        let life = answer.expires_in.map_or(DEFAULT_LIFE, |seconds| Duration::from_secs(seconds.clamp(1, 86_400)));
+        Ok(Self { value, renew_at: now + life.mul_f64(0.8) })
+    }
+
+    /// The value of an `Authorization` header (RFC 6750).
+    #[must_use]
+    pub fn bearer(&self) -> SecretString {
+        use secrecy::ExposeSecret;
+        format!("Bearer {}", self.value.expose_secret()).into()
+    }
+}
+
+/// The tokens of the process.
+#[derive(Default)]
+pub struct TokenCache {
+    slots: Mutex<HashMap<TokenKey, Arc<AsyncMutex<Option<Token>>>>>,
+}
+
+impl TokenCache {
+    /// The token for `key`, fetched if there is none that is fresh. Whoever asks meanwhile waits for the same fetch.
+    ///
+    /// `refused` is a token that the registry has just refused: it is not returned again.
+    pub async fn get<F, Fut, E>(&self, key: TokenKey, refused: Option<&Token>, fetch: F) -> Result<Token, E>
+    where
+        F: FnOnce() -> Fut,
+        Fut: Future<Output = Result<Token, E>>,
+    {
+        let slot = self.slot(key);
+        let mut slot = slot.lock().await;
+        if let Some(token) = slot.as_ref()
+            && Instant::now() < token.renew_at
+            && refused.is_none_or(|refused| !refused.is_same(token))
+        {
+            return Ok(token.clone());
+        }
+        *slot = None;
+        let token = fetch().await?;
+        *slot = Some(token.clone());
+        Ok(token)
+    }
+
+    fn slot(&self, key: TokenKey) -> Arc<AsyncMutex<Option<Token>>> {
+        let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
+        if slots.len() >= Self::MAX_SLOTS {
+            // Whoever waits for a slot keeps it alive by its Arc.
+            slots.retain(|_, slot| {
+                Arc::strong_count(slot) > 1
+                    || slot.try_lock().is_ok_and(|t| t.as_ref().is_some_and(|t| Instant::now() < t.renew_at))
+            });
+        }
+        Arc::clone(slots.entry(key).or_default())
+    }
+
+    const MAX_SLOTS: usize = 4096;
+}
+
+impl Token {
+    fn is_same(&self, other: &Self) -> bool {
+        use secrecy::ExposeSecret;
+        self.value.expose_secret() == other.value.expose_secret()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
+
+    fn token(text: &str) -> Token {
+        Token::from_answer(text.as_bytes(), Instant::now()).unwrap()
+    }
+
+    fn key() -> TokenKey {
+        TokenKey { registry: "r".into(), credential: None, scope: Scope::Pull("a".parse().unwrap()) }
+    }
+
+    #[test]
+    fn answers_in_both_forms_are_read_and_others_are_refused() {
+        assert!(token(r#"{"token":"a","expires_in":300}"#).is_same(&token(r#"{"access_token":"a"}"#)));
+        assert!(token(r#"{"token":"","access_token":"b"}"#).is_same(&token(r#"{"token":"b"}"#)));
+        for bad in ["", "{}", "<html>", r#"{"token":""}"#, r#"{"token":7}"#] {
+            assert!(Token::from_answer(bad.as_bytes(), Instant::now()).is_err(), "{bad}");
+        }
+    }
+
+    #[tokio::test]
+    async fn many_that_ask_at_once_cause_one_fetch() {
+        let cache = TokenCache::default();
+        let fetches = AtomicUsize::new(0);
+        let ask = || {
+            cache.get(key(), None, || async {
+                fetches.fetch_add(1, Ordering::Relaxed);
+                tokio::task::yield_now().await;
+                Ok::<_, TokenError>(token(r#"{"token":"a","expires_in":300}"#))
+            })
+        };
+        futures::future::try_join_all((0..32).map(|_| ask())).await.unwrap();
+        assert_eq!(fetches.load(Ordering::Relaxed), 1);
+    }
+
+    #[tokio::test]
+    async fn a_refused_token_and_an_old_one_are_fetched_again() {
+        let cache = TokenCache::default();
+        let fetch = |text: &'static str| move || async move { Ok::<_, TokenError>(token(text)) };
+        let first = cache.get(key(), None, fetch(r#"{"token":"a","expires_in":300}"#)).await.unwrap();
+        let second = cache.get(key(), Some(&first), fetch(r#"{"token":"b","expires_in":300}"#)).await.unwrap();
+        assert!(!first.is_same(&second));
+        let old = Token { renew_at: Instant::now(), ..second.clone() };
+        *cache.slot(key()).lock().await = Some(old);
+        let third = cache.get(key(), None, fetch(r#"{"token":"c","expires_in":300}"#)).await.unwrap();
+        assert!(third.is_same(&token(r#"{"token":"c"}"#)));
+    }
+}

@@ -1,0 +1,139 @@
+//! What every reconcile shares.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use kube::{
+    Api, Client,
+    api::{Patch, PatchParams},
+};
+use serde_json::json;
+
+use super::{
+    error::{Error, call},
+    events::Events,
+    runner::Runner,
+};
+use crate::{
+    api::{ImageMirror, ImageMirrorStatus},
+    config::Config,
+    telemetry::metrics::Metrics,
+};
+
+/// The field manager of everything we write.
+const MANAGER: &str = "imagemirror";
+
+/// What every reconcile shares.
+pub(super) struct Context {
+    pub(super) client: Client,
+    pub(super) config: Arc<Config>,
+    pub(super) runner: Runner,
+    pub(super) events: Events,
+    pub(super) metrics: Arc<Metrics>,
+    /// What we last wrote of each object, by uid, for as long as the watch has not shown it to us.
+    written: Mutex<HashMap<String, Written>>,
+}
+
+#[derive(Clone)]
+struct Written {
+    resource_version: String,
+    status: ImageMirrorStatus,
+}
+
+/// An object as far as reconciling needs to know it.
+#[derive(Clone, Debug)]
+pub(super) struct Identity {
+    pub(super) namespace: String,
+    pub(super) name: String,
+    pub(super) uid: String,
+}
+
+/// The newest status that we know of, and the version of the object that it belongs to.
+#[derive(Clone, Debug)]
+pub(super) struct Current {
+    pub(super) status: ImageMirrorStatus,
+    pub(super) resource_version: Option<String>,
+}
+
+impl Context {
+    pub(super) fn new(
+        client: Client,
+        config: Arc<Config>,
+        runner: Runner,
+        events: Events,
+        metrics: Arc<Metrics>,
+    ) -> Self {
+        Self { client, config, runner, events, metrics, written: Mutex::default() }
+    }
+
+    /// The status of the object, or what we wrote since the watch showed it to us.
+    pub(super) fn current(&self, id: &Identity, mirror: &ImageMirror) -> Current {
+        let shown = Current {
+            status: mirror.status.clone().unwrap_or_default(),
+            resource_version: mirror.metadata.resource_version.clone(),
+        };
+        let mut written = self.written.lock().unwrap_or_else(PoisonError::into_inner);
+        match written.get(&id.uid) {
+            Some(ours) if is_newer(&ours.resource_version, shown.resource_version.as_deref()) => {
+                Current { status: ours.status.clone(), resource_version: Some(ours.resource_version.clone()) }
+            }
+            Some(_) => {
+                written.remove(&id.uid);
+                shown
+            }
+            None => shown,
+        }
+    }
+
+    /// Forgets an object that is gone.
+    pub(super) fn forget(&self, uid: &str, namespace: &str, name: &str) {
+        self.written.lock().unwrap_or_else(PoisonError::into_inner).remove(uid);
+        self.metrics.forget(namespace, name);
+    }
+
+    /// Writes a status if it differs from the current one. The write is refused if somebody wrote the object since.
+    pub(super) async fn apply(
+        &self,
+        id: &Identity,
+        current: &mut Current,
+        status: ImageMirrorStatus,
+    ) -> Result<(), Error> {
+        if status == current.status {
+            return Ok(());
+        }
+        let patch = Patch::Apply(json!({
+            "apiVersion": "imagemirror.dev/v1alpha1",
+            "kind": "ImageMirror",
+            "metadata": {"name": id.name, "uid": id.uid, "resourceVersion": current.resource_version},
+            "status": status,
+        }));
+        let api: Api<ImageMirror> = Api::namespaced(self.client.clone(), &id.namespace);
+        let params = PatchParams::apply(MANAGER).force();
+        let write = api.patch_status(&id.name, &params, &patch);
+        let object = call("writing the status", self.config.timing.api_timeout, write).await?;
+        *current = Current { status, resource_version: object.metadata.resource_version.clone() };
+        if let Some(resource_version) = object.metadata.resource_version {
+            let ours = Written { resource_version, status: current.status.clone() };
+            self.written.lock().unwrap_or_else(PoisonError::into_inner).insert(id.uid.clone(), ours);
+        }
+        self.observe(id, &current.status);
+        Ok(())
+    }
+
+    fn observe(&self, id: &Identity, status: &ImageMirrorStatus) {
+        let summary = status.summary.unwrap_or_default();
+        let conditions: Vec<_> =
+            status.conditions.iter().map(|condition| (condition.type_.as_str(), condition.status.as_str())).collect();
+        self.metrics.observe_status(&id.namespace, &id.name, &summary, &conditions);
+    }
+}
+
+/// Resource versions of one kind are numbers that grow (KEP-5504).
+fn is_newer(ours: &str, shown: Option<&str>) -> bool {
+    match (ours.parse::<u64>(), shown.and_then(|shown| shown.parse::<u64>().ok())) {
+        (Ok(ours), Some(shown)) => ours > shown,
+        _ => false,
+    }
+}

@@ -1,0 +1,272 @@
+//! What to do with a mirror now. Pure: everything it looks at is an argument.
+
+use std::time::Duration;
+
+use jiff::{SignedDuration, Timestamp};
+
+use crate::{
+    api::ImageMirrorStatus,
+    config::Timing,
+    mirror::ValidatedMirror,
+    reason::Retry,
+    schedule::{RetryTiming, next_retry, next_run},
+};
+
+/// What to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Decision {
+    /// Start a run.
+    Start(Scope),
+    /// Cancel the run that is going on: it is for another spec.
+    Cancel,
+    /// Look again after this time.
+    Wait(Duration),
+    /// Nothing, until the object changes.
+    Idle,
+}
+
+/// What a run is to cover.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Scope {
+    /// Every image.
+    All,
+    /// Those that failed in the last run.
+    Failed,
+}
+
+/// The run of an object.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum RunState<'a> {
+    /// There is none.
+    Idle,
+    /// One is waiting for its turn or going on, for a spec with this hash; it has been there for so long.
+    Running { spec_hash: &'a str, cancelled: bool, since: Duration },
+}
+
+/// Decides. `credentials_changed` is whether the Secrets say something else than in the last run; `spread` in 0..1 is
+/// the object's place within the jitter.
+pub(super) fn decide(
+    mirror: &ValidatedMirror,
+    status: &ImageMirrorStatus,
+    run: RunState<'_>,
+    credentials_changed: bool,
+    spread: f64,
+    timing: &Timing,
+    now: Timestamp,
+) -> Decision {
+    if let RunState::Running { spec_hash, cancelled, since } = run {
+        return match () {
+            () if cancelled => Decision::Idle,
+            () if spec_hash != mirror.spec_hash => Decision::Cancel,
+            () if since < timing.progress_first => Decision::Wait(timing.progress_first.saturating_sub(since)),
+            () => Decision::Wait(progress_interval(since, timing)),
+        };
+    }
+    if mirror.suspended {
+        return Decision::Idle;
+    }
+    let Some(last) = status.last_sync.as_ref().filter(|last| last.spec_hash == mirror.spec_hash) else {
+        return Decision::Start(Scope::All);
+    };
+    if is_requested(mirror, status) {
+        return Decision::Start(Scope::All);
+    }
+    let due = next_run(last.finished(), mirror.interval, spread);
+    if due <= now {
+        return Decision::Start(Scope::All);
+    }
+    let retry_at = retry_at(status, last.finished(), timing);
+    if credentials_changed || retry_at.is_some_and(|at| at <= now) {
+        return Decision::Start(Scope::Failed);
+    }
+    let next = retry_at.map_or(due, |at| at.min(due));
+    let wait = Duration::try_from(next.duration_since(now)).unwrap_or(Duration::ZERO);
+    let poll = waiting_for_credentials(status).map(|since| credentials_poll(since, now, timing));
+    Decision::Wait(poll.map_or(wait, |poll| poll.min(wait)))
+}
+
+/// Whether a run has been asked for that has not ended.
+pub(super) fn is_requested(mirror: &ValidatedMirror, status: &ImageMirrorStatus) -> bool {
+    mirror.requested_at.is_some() && mirror.requested_at != status.last_handled_reconcile_at
+}
+
+/// Since when something fails that another content of a Secret may heal.
+pub(super) fn waiting_for_credentials(status: &ImageMirrorStatus) -> Option<Timestamp> {
+    let waiting = status.failures.iter().filter(|failure| failure.reason.retry() == Retry::Authentication);
+    waiting.map(|failure| failure.since.0).min()
+}
+
+/// The first moment at which one of the failures is worth another try.
+fn retry_at(status: &ImageMirrorStatus, last: Timestamp, timing: &Timing) -> Option<Timestamp> {
+    let bounds = RetryTiming {
+        transient_min: timing.retry_transient_min,
+        transient_max: timing.retry_transient_max,
+        authentication: timing.retry_auth,
+    };
+    let attempts = |attempts: i64| u32::try_from(attempts).unwrap_or(1);
+    let times = status
+        .failures
+        .iter()
+        .filter_map(|failure| next_retry(last, failure.reason.retry(), attempts(failure.attempts), &bounds));
+    times.min()
+}
+
+/// How long until the Secrets are read again: often at first, then about as long as it has lasted.
+fn credentials_poll(since: Timestamp, now: Timestamp, timing: &Timing) -> Duration {
+    let waited = Duration::try_from(now.duration_since(since)).unwrap_or(Duration::ZERO);
+    match waited.checked_sub(timing.secret_retry_window) {
+        None => timing.secret_retry,
+        Some(beyond) => beyond.max(timing.secret_retry * 2).min(timing.secret_retry_max),
+    }
+}
+
+/// Every 10 s in the first minute, every 30 s after, with the default timing.
+fn progress_interval(since: Duration, timing: &Timing) -> Duration {
+    if since < timing.progress_interval * 6 { timing.progress_interval } else { timing.progress_interval * 3 }
+}
+
+/// The place of an object within the jitter: the same after a restart, another for every object.
+pub(super) fn spread_of(uid: &str) -> f64 {
+    let hash = crate::oci::Digest::sha256(uid.as_bytes());
+    let head = u32::from_str_radix(hash.hex().get(..8).unwrap_or("0"), 16).unwrap_or_default();
+    f64::from(head) / f64::from(u32::MAX)
+}
+
+/// The time since an instant in the past; zero for one in the future.
+pub(super) fn elapsed(since: Timestamp, now: Timestamp) -> Duration {
+    let elapsed: SignedDuration = now.duration_since(since);
+    Duration::try_from(elapsed).unwrap_or(Duration::ZERO)
+}
+
+#[cfg(test)]
+mod tests {
+    use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+
+    use super::*;
+    use crate::{
+        api::v1alpha1::{FailureStatus, LastSync},
+        mirror::validate,
+        reason::Reason,
+    };
+
+    const HASH_OF_OTHER: &str = "other";
+
+    fn mirror(rest: &str, requested: Option<&str>) -> ValidatedMirror {
+        let annotations =
+            requested.map_or(String::new(), |token| format!(", annotations: {{imagemirror.dev/requestedAt: {token}}}"));
+        let text = format!(
+            "apiVersion: imagemirror.dev/v1alpha1\nkind: ImageMirror\nmetadata: {{name: a, namespace: n{annotations}}}\n\
+             spec: {{images: [{{source: 'gcr.io/a:1'}}], target: {{registry: t.io}}{rest}}}"
+        );
+        validate(&serde_saphyr::from_str(&text).unwrap()).unwrap()
+    }
+
+    fn seconds(n: i64) -> Timestamp {
+        Timestamp::from_second(n).unwrap()
+    }
+
+    fn synced(mirror: &ValidatedMirror) -> ImageMirrorStatus {
+        let last = LastSync {
+            generation: 1,
+            spec_hash: mirror.spec_hash.clone(),
+            started_at: Time(seconds(0)),
+            finished_at: Time(seconds(0)),
+            bytes_copied: 0,
+            blobs_copied: 0,
+            blobs_mounted: 0,
+            blobs_present: 0,
+        };
+        ImageMirrorStatus { last_sync: Some(last), ..ImageMirrorStatus::default() }
+    }
+
+    fn failed(mirror: &ValidatedMirror, reason: Reason, attempts: i64) -> ImageMirrorStatus {
+        let failure = FailureStatus {
+            source: "gcr.io/a:1".into(),
+            target: "t.io/a:1".into(),
+            reason,
+            message: String::new(),
+            since: Time(seconds(0)),
+            attempts,
+        };
+        ImageMirrorStatus { failures: vec![failure], ..synced(mirror) }
+    }
+
+    fn at(mirror: &ValidatedMirror, status: &ImageMirrorStatus, now: i64) -> Decision {
+        decide(mirror, status, RunState::Idle, false, 0.5, &Timing::default(), seconds(now))
+    }
+
+    #[test]
+    fn a_new_spec_starts_a_run_and_a_healthy_object_waits_for_its_interval() {
+        let mirror = mirror("", None);
+        assert_eq!(at(&mirror, &ImageMirrorStatus::default(), 0), Decision::Start(Scope::All));
+        assert_eq!(at(&mirror, &synced(&mirror), 10), Decision::Wait(Duration::from_secs(3590)));
+        assert_eq!(at(&mirror, &synced(&mirror), 3600), Decision::Start(Scope::All));
+    }
+
+    #[test]
+    fn a_token_starts_a_run_until_it_has_been_handled() {
+        let mirror = mirror("", Some("t1"));
+        assert_eq!(at(&mirror, &synced(&mirror), 1), Decision::Start(Scope::All));
+        let handled = ImageMirrorStatus { last_handled_reconcile_at: Some("t1".into()), ..synced(&mirror) };
+        assert!(matches!(at(&mirror, &handled, 1), Decision::Wait(_)));
+    }
+
+    #[test]
+    fn a_suspended_object_starts_nothing() {
+        let mirror = mirror(", suspend: true", Some("t1"));
+        assert_eq!(at(&mirror, &ImageMirrorStatus::default(), 0), Decision::Idle);
+    }
+
+    #[test]
+    fn only_a_change_of_the_outcome_cancels_a_run() {
+        let mirror = mirror(", interval: 2h", None);
+        let running = |spec_hash, cancelled, since| {
+            let run = RunState::Running { spec_hash, cancelled, since: Duration::from_secs(since) };
+            decide(&mirror, &synced(&mirror), run, false, 0.5, &Timing::default(), seconds(0))
+        };
+        assert_eq!(running(&mirror.spec_hash, false, 0), Decision::Wait(Duration::from_secs(2)));
+        assert_eq!(running(&mirror.spec_hash, false, 5), Decision::Wait(Duration::from_secs(10)));
+        assert_eq!(running(&mirror.spec_hash, false, 70), Decision::Wait(Duration::from_secs(30)));
+        assert_eq!(running(HASH_OF_OTHER, false, 5), Decision::Cancel);
+        assert_eq!(running(HASH_OF_OTHER, true, 5), Decision::Idle);
+    }
+
+    #[test]
+    fn what_failed_is_tried_again_as_its_class_says() {
+        let mirror = mirror("", None);
+        assert_eq!(
+            at(&mirror, &failed(&mirror, Reason::SourceUnavailable, 1), 29),
+            Decision::Wait(Duration::from_secs(1))
+        );
+        assert_eq!(at(&mirror, &failed(&mirror, Reason::SourceUnavailable, 1), 30), Decision::Start(Scope::Failed));
+        assert_eq!(
+            at(&mirror, &failed(&mirror, Reason::SourceUnavailable, 3), 30),
+            Decision::Wait(Duration::from_secs(90))
+        );
+        assert_eq!(
+            at(&mirror, &failed(&mirror, Reason::SourceNotFound, 1), 30),
+            Decision::Wait(Duration::from_secs(3570))
+        );
+        assert_eq!(at(&mirror, &failed(&mirror, Reason::AuthenticationFailed, 1), 900), Decision::Start(Scope::Failed));
+    }
+
+    #[test]
+    fn secrets_are_looked_at_often_at_first_and_then_rarely() {
+        let mirror = mirror("", None);
+        let status = failed(&mirror, Reason::SecretNotFound, 1);
+        assert_eq!(at(&mirror, &status, 1), Decision::Wait(Duration::from_secs(5)));
+        assert_eq!(at(&mirror, &status, 119), Decision::Wait(Duration::from_secs(5)));
+        assert_eq!(at(&mirror, &status, 121), Decision::Wait(Duration::from_secs(10)));
+        assert_eq!(at(&mirror, &status, 160), Decision::Wait(Duration::from_secs(40)));
+        assert_eq!(at(&mirror, &status, 500), Decision::Wait(Duration::from_mins(5)));
+        let changed = decide(&mirror, &status, RunState::Idle, true, 0.5, &Timing::default(), seconds(1));
+        assert_eq!(changed, Decision::Start(Scope::Failed));
+    }
+
+    #[test]
+    fn the_spread_is_stable_and_within_bounds() {
+        let spread = spread_of("0b6a9a3e");
+        assert!((0.0..=1.0).contains(&spread));
+        assert!((spread - spread_of("0b6a9a3e")).abs() < f64::EPSILON);
+    }
+}

@@ -1,0 +1,25 @@
+//! The operator: watches `ImageMirror` objects and keeps each in step.
+//!
+//! A reconcile is a row of named steps, one file each, and never copies anything itself:
+//!
+//! ```text
+//! validate ──▶ decide ──▶ resolve ──▶ prepare ──▶ runner (in the background) ──▶ status
+//!  (pure)      (pure)     Secrets      (pure)      sync()                        (pure, then one apply)
+//! ```
+//!
+//! A run that ends wakes its object. Without the lease nothing is reconciled; when it is lost, runs are cancelled.
+
+mod context;
+mod decide;
+mod error;
+mod events;
+mod lease;
+mod operator;
+mod reconcile;
+mod resolve;
+mod runner;
+mod status;
+mod watch;
+
+pub use error::Error;
+pub use operator::{OperatorError, Options, run};

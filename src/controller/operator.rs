@@ -1,0 +1,225 @@
+//! Puts the operator together and takes it apart: probes first, then the CRD, then the lease, then the watch.
+
+use std::{net::SocketAddr, sync::Arc, time::Duration};
+
+use futures::StreamExt as _;
+use kube::{
+    Api, Client, Config as KubeConfig,
+    api::ListParams,
+    runtime::{
+        Controller, Predicate as _, PredicateConfig, WatchStreamExt as _, predicates,
+        reflector::{self, ObjectRef},
+    },
+};
+use tokio::{net::TcpListener, sync::mpsc};
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    context::Context,
+    error::{call, is_not_found},
+    events::Events,
+    lease::{KeepEnd, Lease, LeaseOptions},
+    reconcile::{Guarded, after_error, reconcile},
+    runner::Runner,
+    watch::changes,
+};
+use crate::{
+    api::ImageMirror,
+    config::Config,
+    copy::Fence,
+    registry,
+    telemetry::{
+        metrics::Metrics,
+        server::{Gates, serve},
+    },
+};
+
+/// What the operator is started with, beside its configuration.
+pub struct Options {
+    /// How the Kubernetes API is reached.
+    pub kubernetes: KubeConfig,
+    /// Where probes and metrics are served.
+    pub listen: SocketAddr,
+    /// The namespace of the lease.
+    pub lease_namespace: String,
+    /// The name of the lease.
+    pub lease_name: String,
+    /// Who we are among the replicas.
+    pub identity: String,
+}
+
+/// Why the operator did not start, or did not go on.
+#[derive(Debug, thiserror::Error)]
+pub enum OperatorError {
+    /// The client for the Kubernetes API could not be set up.
+    #[error("the client for the Kubernetes API could not be set up: {0}")]
+    Client(#[from] kube::Error),
+    /// The address for probes and metrics could not be taken.
+    #[error("cannot listen on {address} for probes and metrics: {source}; choose another with --listen")]
+    Listen {
+        /// The address.
+        address: SocketAddr,
+        /// Why.
+        source: std::io::Error,
+    },
+}
+
+const GATE_CRD: &str = "crd";
+const GATE_LEASE: &str = "lease";
+/// Objects looked at side by side.
+const CONCURRENT_RECONCILES: u16 = 16;
+
+/// Runs the operator until `shutdown`. Returns when everything it started has ended.
+pub async fn run(config: Config, mut options: Options, shutdown: CancellationToken) -> Result<(), OperatorError> {
+    let config = Arc::new(config);
+    // Reconciles are repeated by the controller: retries inside a call would only hide its deadline.
+    options.kubernetes.default_retry = false;
+    let client = Client::try_from(options.kubernetes.clone())?;
+    let lease_client = Client::try_from(options.kubernetes)?;
+    let (metrics, exposition) = Metrics::new();
+    let metrics = Arc::new(metrics);
+    let gates = Gates::new(&[GATE_CRD, GATE_LEASE]);
+    let listener = TcpListener::bind(options.listen)
+        .await
+        .map_err(|source| OperatorError::Listen { address: options.listen, source })?;
+    let server_stop = CancellationToken::new();
+    let server = tokio::spawn(serve(listener, gates.clone(), Arc::new(exposition), server_stop.clone()));
+
+    if wait_for_crd(&client, &config, &gates, &shutdown).await {
+        let lease_options = LeaseOptions {
+            namespace: options.lease_namespace,
+            name: options.lease_name,
+            identity: options.identity.clone(),
+            duration: config.timing.lease_duration,
+            renew: config.timing.lease_renew,
+            api_timeout: config.timing.api_timeout,
+        };
+        let (mut lease, held_until) = Lease::new(lease_client, lease_options, gates.clone());
+        let registry = registry::Client::new(config.client_options());
+        while lease.acquire(&shutdown).await {
+            metrics.set_leader(true);
+            let fence = Fence::Until(held_until.clone());
+            let end =
+                lead(&client, &config, &registry, fence, &metrics, &options.identity, &mut lease, &shutdown).await;
+            metrics.set_leader(false);
+            if end == KeepEnd::Shutdown {
+                lease.release().await;
+                break;
+            }
+        }
+    }
+    server_stop.cancel();
+    let _ = server.await;
+    Ok(())
+}
+
+/// Reconciles for as long as the lease is ours.
+#[allow(clippy::too_many_arguments, reason = "called once, where all of it is at hand")]
+async fn lead(
+    client: &Client,
+    config: &Arc<Config>,
+    registry: &registry::Client,
+    fence: Fence,
+    metrics: &Arc<Metrics>,
+    identity: &str,
+    lease: &mut Lease,
+    shutdown: &CancellationToken,
+) -> KeepEnd {
+    let (wake, woken) = mpsc::channel::<ObjectRef<ImageMirror>>(1024);
+    let runner = Runner::new(config.limits.runs, registry.clone(), fence, wake, Arc::clone(metrics));
+    let events = Events::new(client.clone(), identity.to_owned(), config.timing.api_timeout);
+    let context =
+        Arc::new(Context::new(client.clone(), Arc::clone(config), runner.clone(), events, Arc::clone(metrics)));
+    let stop = CancellationToken::new();
+    let controller = tokio::spawn(control(Arc::clone(&context), woken, stop.clone()));
+    let end = lease.keep(shutdown).await;
+    // Runs first: nothing of ours may write a tag once the lease is lost.
+    stop.cancel();
+    runner.stop(config.timing.shutdown).await;
+    if tokio::time::timeout(config.timing.api_timeout, controller).await.is_err() {
+        tracing::warn!("reconciles were still going on when the time for them was over");
+    }
+    end
+}
+
+async fn control(context: Arc<Context>, woken: mpsc::Receiver<ObjectRef<ImageMirror>>, stop: CancellationToken) {
+    let forget = {
+        let context = Arc::clone(&context);
+        move |meta: &kube::core::ObjectMeta| {
+            let uid = meta.uid.as_deref().unwrap_or_default();
+            context.runner.forget(uid);
+            context.forget(
+                uid,
+                meta.namespace.as_deref().unwrap_or_default(),
+                meta.name.as_deref().unwrap_or_default(),
+            );
+        }
+    };
+    let (reader, writer) = reflector::store::<Guarded>();
+    let gone: Arc<dyn Fn(&kube::core::ObjectMeta) + Send + Sync> = Arc::new(forget);
+    let objects = changes(&context.client, &context.config.watch_namespaces, &gone)
+        .reflect(writer)
+        .touched_objects()
+        .predicate_filter(
+            predicates::generation.combine(predicates::annotations).combine(uid),
+            PredicateConfig::default(),
+        );
+    let woken = ReceiverStream::new(woken).map(|object| {
+        let guarded = ObjectRef::<Guarded>::new(&object.name);
+        match object.namespace {
+            Some(namespace) => guarded.within(&namespace),
+            None => guarded,
+        }
+    });
+    let config = kube::runtime::controller::Config::default().concurrency(CONCURRENT_RECONCILES);
+    Controller::for_stream(objects, reader)
+        .with_config(config)
+        .reconcile_on(woken)
+        .graceful_shutdown_on(async move { stop.cancelled().await })
+        .run(reconcile, after_error, context)
+        .for_each(|outcome| async move {
+            if let Err(error) = outcome {
+                tracing::debug!(%error, "the controller reported");
+            }
+        })
+        .await;
+}
+
+/// An object deleted and created again is another object, also if its generation and annotations are the same.
+#[allow(clippy::unnecessary_wraps, reason = "the form of a predicate")]
+fn uid(object: &Guarded) -> Option<u64> {
+    use std::hash::{DefaultHasher, Hash as _, Hasher as _};
+    let mut hasher = DefaultHasher::new();
+    kube::Resource::meta(object).uid.hash(&mut hasher);
+    Some(hasher.finish())
+}
+
+/// Waits until the API server knows our kind. False if the shutdown came first.
+async fn wait_for_crd(client: &Client, config: &Config, gates: &Gates, shutdown: &CancellationToken) -> bool {
+    let api: Api<Guarded> = match config.watch_namespaces.first() {
+        Some(namespace) => Api::namespaced(client.clone(), namespace),
+        None => Api::all(client.clone()),
+    };
+    let mut wait = Duration::from_secs(1);
+    loop {
+        let one = ListParams::default().limit(1);
+        let list = api.list(&one);
+        let why = match call("listing ImageMirrors", config.timing.api_timeout, list).await {
+            Ok(_) => {
+                gates.open(GATE_CRD);
+                return true;
+            }
+            Err(super::Error::Api { source, .. }) if is_not_found(&source) => {
+                "the CustomResourceDefinition imagemirrors.imagemirror.dev to be installed".to_owned()
+            }
+            Err(error) => error.to_string(),
+        };
+        tracing::warn!(waiting_for = %why, "not ready yet");
+        gates.close(GATE_CRD, &why);
+        tokio::select! {
+            () = shutdown.cancelled() => return false,
+            () = tokio::time::sleep(wait) => wait = (wait * 2).min(Duration::from_secs(15)),
+        }
+    }
+}

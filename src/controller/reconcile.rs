@@ -1,0 +1,258 @@
+//! One look at one object: the steps in their order, and what is written of them.
+
+use std::{sync::Arc, time::Duration};
+
+use jiff::Timestamp;
+use kube::{
+    Resource as _, ResourceExt as _,
+    core::{DeserializeGuard, ObjectMeta, error_boundary::InvalidObject},
+    runtime::controller::Action as Requeue,
+};
+
+use super::{
+    context::{Context, Current, Identity},
+    decide::{Decision, RunState, Scope, decide, is_requested, spread_of, waiting_for_credentials},
+    error::Error,
+    events::Summary,
+    resolve::resolve,
+    runner::{Ended, Job, View},
+    status,
+};
+use crate::{
+    api::{ConditionType, ImageMirror, ImageMirrorStatus},
+    mirror::{InvalidSpec, Prepared, Secrets, ValidatedMirror, prepare, validate},
+    plan::Action,
+};
+
+/// An object as it is watched: one that does not fit our types harms nobody but itself.
+pub(super) type Guarded = DeserializeGuard<ImageMirror>;
+
+/// Looks at an object, does the next thing, and says when to look again.
+pub(super) async fn reconcile(object: Arc<Guarded>, context: Arc<Context>) -> Result<Requeue, Error> {
+    let id = identity(object.meta())?;
+    if !context.config.watches(&id.namespace) {
+        return Ok(Requeue::await_change());
+    }
+    let mirror = match &object.0 {
+        Ok(mirror) => mirror,
+        Err(invalid) => return unreadable(&id, invalid, &context).await,
+    };
+    let mut current = context.current(&id, mirror);
+    let now = Timestamp::now();
+    let validated = match validate(mirror) {
+        Ok(validated) => validated,
+        Err(error) => {
+            context.runner.cancel(&id.uid);
+            let generation = mirror.metadata.generation.unwrap_or_default();
+            let status = status::invalid(generation, &current.status, &error, now);
+            context.apply(&id, &mut current, status).await?;
+            return Ok(Requeue::await_change());
+        }
+    };
+    if let Some(ended) = context.runner.ended(&id.uid) {
+        report(&id, &validated, &mut current, &ended, &context).await?;
+    }
+    let secrets = changed_secrets(&id, &validated, &current.status, &context).await?;
+    let view = context.runner.view(&id.uid);
+    let run = view.as_ref().map_or(RunState::Idle, |view| RunState::Running {
+        spec_hash: &view.spec_hash,
+        cancelled: view.cancelled,
+        since: view.since,
+    });
+    let spread = spread_of(&id.uid);
+    let timing = &context.config.timing;
+    match decide(&validated, &current.status, run, secrets.is_some(), spread, timing, now) {
+        Decision::Start(scope) => {
+            let secrets = match secrets {
+                Some(secrets) => secrets,
+                None => resolve(&context, &validated).await?,
+            };
+            start(&id, &validated, &mut current, &secrets, scope, &context).await?;
+            Ok(Requeue::requeue(timing.progress_first))
+        }
+        Decision::Cancel => {
+            context.runner.cancel(&id.uid);
+            let status = status::begun(&validated, &current.status, now);
+            context.apply(&id, &mut current, status).await?;
+            Ok(Requeue::await_change())
+        }
+        Decision::Wait(wait) => {
+            let status = match &view {
+                Some(view) => running(&validated, &current.status, view, timing.progress_first, now),
+                None => status::settled(&validated, &current.status, now),
+            };
+            context.apply(&id, &mut current, status).await?;
+            Ok(Requeue::requeue(wait.max(Duration::from_millis(10))))
+        }
+        Decision::Idle => {
+            if validated.suspended && view.is_none() {
+                let status = status::suspended(&validated, &current.status, now);
+                context.apply(&id, &mut current, status).await?;
+            }
+            Ok(Requeue::await_change())
+        }
+    }
+}
+
+/// When to look again after a reconcile that failed.
+#[allow(clippy::needless_pass_by_value, reason = "the form that the controller calls")]
+pub(super) fn after_error(object: Arc<Guarded>, error: &Error, context: Arc<Context>) -> Requeue {
+    context.metrics.reconcile_error(error.reason().as_str());
+    let name = object.name_any();
+    if error.is_not_found() {
+        return Requeue::await_change();
+    }
+    if error.is_conflict() {
+        tracing::debug!(%name, "somebody else wrote the object: looking again");
+        return Requeue::requeue(Duration::from_millis(200));
+    }
+    tracing::warn!(%name, namespace = object.namespace().unwrap_or_default(), %error, "a reconcile failed");
+    Requeue::requeue(context.config.timing.secret_retry)
+}
+
+fn identity(meta: &ObjectMeta) -> Result<Identity, Error> {
+    let namespace = meta.namespace.clone().ok_or(Error::Anonymous)?;
+    let name = meta.name.clone().ok_or(Error::Anonymous)?;
+    let uid = meta.uid.clone().ok_or(Error::Anonymous)?;
+    Ok(Identity { namespace, name, uid })
+}
+
+/// An object that was stored under another schema and does not fit our types.
+async fn unreadable(id: &Identity, invalid: &InvalidObject, context: &Context) -> Result<Requeue, Error> {
+    context.runner.cancel(&id.uid);
+    let generation = invalid.metadata.generation.unwrap_or_default();
+    let mut current =
+        Current { status: ImageMirrorStatus::default(), resource_version: invalid.metadata.resource_version.clone() };
+    let why = InvalidSpec::unreadable(&invalid.error);
+    let status = status::invalid(generation, &current.status, &why, Timestamp::now());
+    context.apply(id, &mut current, status).await?;
+    Ok(Requeue::await_change())
+}
+
+/// Writes what a run came to. A run for another spec is of no interest any more.
+async fn report(
+    id: &Identity,
+    mirror: &ValidatedMirror,
+    current: &mut Current,
+    ended: &Arc<Ended>,
+    context: &Context,
+) -> Result<(), Error> {
+    if ended.spec_hash == mirror.spec_hash {
+        let before = current.status.clone();
+        let status = status::finished(mirror, &before, ended, Timestamp::now());
+        context.apply(id, current, status).await?;
+        let report = &ended.report;
+        let failed = report.failed().count();
+        let seconds = super::decide::elapsed(report.started_at, report.finished_at);
+        tracing::info!(
+            namespace = %id.namespace, name = %id.name, images = report.images.len(), failed,
+            bytes_copied = report.totals.bytes_copied, seconds = seconds.as_secs_f64(), "run ended"
+        );
+        let success = (failed == 0).then_some((id.namespace.as_str(), id.name.as_str(), report.finished_at));
+        context.metrics.observe_sync(seconds, report.totals.bytes_copied, success);
+        for summary in summaries(&before, &current.status, ended) {
+            context.events.publish(id, summary).await;
+        }
+    }
+    context.runner.acknowledge(&id.uid);
+    Ok(())
+}
+
+/// The events of a transition.
+fn summaries(before: &ImageMirrorStatus, after: &ImageMirrorStatus, ended: &Ended) -> Vec<Summary> {
+    let ready = |status: &ImageMirrorStatus| {
+        let found = status.conditions.iter().find(|condition| condition.type_ == ConditionType::Ready.as_str());
+        found.map(|condition| (condition.status.clone(), condition.reason.clone(), condition.message.clone()))
+    };
+    let count = |action| ended.report.images.iter().filter(|image| image.action == Some(action)).count();
+    let restored = count(Action::Restore);
+    let mut summaries = Vec::new();
+    if restored > 0 && before.last_sync.is_some() {
+        let note = format!("{restored} tags at the target were gone or had been changed, and were restored");
+        summaries.push(Summary { reason: "DriftRestored", is_warning: false, note });
+    }
+    let Some((state, reason, message)) = ready(after) else { return summaries };
+    let changed = ready(before).is_none_or(|(old, old_reason, _)| (old, old_reason) != (state.clone(), reason.clone()));
+    let moved = count(Action::Copy) + count(Action::Update);
+    if state == "True" && (changed || moved > 0) {
+        let note = format!("{message}; {moved} tags written, {} bytes copied", ended.report.totals.bytes_copied);
+        summaries.push(Summary { reason: "Synced", is_warning: false, note });
+    } else if state == "False" && changed {
+        summaries.push(Summary { reason: "PartialFailure", is_warning: true, note: format!("{reason}: {message}") });
+    }
+    summaries
+}
+
+/// The Secrets, if something waits for them and they say something else than in the last run.
+async fn changed_secrets(
+    id: &Identity,
+    mirror: &ValidatedMirror,
+    status: &ImageMirrorStatus,
+    context: &Context,
+) -> Result<Option<Secrets>, Error> {
+    let is_waiting = waiting_for_credentials(status).is_some() && !mirror.suspended;
+    if !is_waiting || context.runner.view(&id.uid).is_some() {
+        return Ok(None);
+    }
+    let secrets = resolve(context, mirror).await?;
+    let fingerprint = prepared(mirror, status, &secrets, context).fingerprint;
+    let unchanged = context.runner.last(&id.uid).is_some_and(|last| last.fingerprint == fingerprint);
+    Ok((!unchanged).then_some(secrets))
+}
+
+fn prepared(mirror: &ValidatedMirror, status: &ImageMirrorStatus, secrets: &Secrets, context: &Context) -> Prepared {
+    let transport = |host: &crate::oci::Host| context.config.transport_for(host);
+    prepare(mirror, secrets, transport, &status::last_digests(status))
+}
+
+async fn start(
+    id: &Identity,
+    mirror: &ValidatedMirror,
+    current: &mut Current,
+    secrets: &Secrets,
+    scope: Scope,
+    context: &Context,
+) -> Result<(), Error> {
+    let mut prepared = prepared(mirror, &current.status, secrets, context);
+    let completes =
+        context.runner.last(&id.uid).filter(|last| scope == Scope::Failed && last.spec_hash == mirror.spec_hash);
+    if let Some(last) = &completes {
+        let failed: std::collections::HashSet<&str> =
+            last.report.failed().map(|(image, _)| image.target.as_str()).collect();
+        let mut index = 0;
+        prepared.request.images.retain(|_| {
+            let is_failed =
+                mirror.images.get(index).is_some_and(|image| failed.contains(mirror.target_of(image).as_str()));
+            index += 1;
+            is_failed
+        });
+    }
+    let is_new = current.status.last_sync.as_ref().is_none_or(|last| last.spec_hash != mirror.spec_hash);
+    if is_new || is_requested(mirror, &current.status) {
+        let status = status::begun(mirror, &current.status, Timestamp::now());
+        context.apply(id, current, status).await?;
+    }
+    context.runner.start(Job {
+        id: id.clone(),
+        spec_hash: mirror.spec_hash.clone(),
+        generation: mirror.generation,
+        token: mirror.requested_at.clone(),
+        prepared,
+        completes,
+    });
+    Ok(())
+}
+
+/// The status while a run goes on: progress only once there is something to copy and it has taken a moment.
+fn running(
+    mirror: &ValidatedMirror,
+    current: &ImageMirrorStatus,
+    view: &View,
+    first: Duration,
+    now: Timestamp,
+) -> ImageMirrorStatus {
+    if view.progress.bytes_total > 0 && view.since >= first {
+        return status::progressing(mirror, current, view.progress, now);
+    }
+    ImageMirrorStatus { progress: current.progress, ..status::settled(mirror, current, now) }
+}

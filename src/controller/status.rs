@@ -1,0 +1,296 @@
+//! The status that an object should have: pure functions of the object, the run and the time.
+//!
+//! `Ready=False` only when a run has ended with a failure, `Ready=Unknown` only beside `Reconciling=True`; a periodic
+//! run of a healthy object leaves `Ready=True`. So waiting tools neither hang nor flap.
+
+use std::collections::{BTreeMap, HashMap};
+
+use jiff::Timestamp;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+
+use super::runner::Ended;
+use crate::{
+    api::{
+        ConditionSet, ConditionType, ImageMirrorStatus, Status,
+        v1alpha1::{FailureStatus, ImageState, ImageStatus, LastSync, ProgressStatus, Summary},
+    },
+    copy::ProgressSnapshot,
+    mirror::{InvalidSpec, Problem, ValidatedMirror},
+    oci::Digest,
+    reason::Reason,
+    sync::{Failure, ImageReport, SyncReport},
+};
+
+const MAX_FAILURES: usize = 20;
+const MAX_IMAGES: usize = 100;
+const MAX_IMAGES_BYTES: usize = 48 << 10;
+/// Failures that a condition's message names.
+const NAMED_FAILURES: usize = 3;
+
+/// The digests that target tags had after the last run, as far as the status says.
+pub(super) fn last_digests(status: &ImageMirrorStatus) -> BTreeMap<String, Digest> {
+    let known = status.images.iter().filter_map(|image| Some((image.target.clone(), image.digest.clone()?)));
+    known.collect()
+}
+
+/// A run for a new spec or a requested token is about to start.
+pub(super) fn begun(mirror: &ValidatedMirror, current: &ImageMirrorStatus, now: Timestamp) -> ImageMirrorStatus {
+    let mut conditions = ConditionSet::new(&current.conditions, mirror.generation, now);
+    let message = format!("comparing {} with {}", count(mirror.images.len(), "image"), mirror.target_host);
+    conditions.set(ConditionType::Ready, Status::Unknown, Reason::Progressing, &message);
+    conditions.set(ConditionType::Reconciling, Status::True, Reason::Progressing, &message);
+    conditions.remove(ConditionType::Stalled);
+    let same_spec = current.last_sync.as_ref().is_some_and(|last| last.spec_hash == mirror.spec_hash);
+    let mut status = ImageMirrorStatus {
+        observed_generation: mirror.generation,
+        conditions: conditions.finish(),
+        progress: None,
+        ..current.clone()
+    };
+    if !same_spec {
+        let known = last_digests(current);
+        let synced = mirror.images.iter().filter(|image| known.contains_key(&mirror.target_of(image))).count();
+        let total = to_i64(mirror.images.len());
+        let synced = to_i64(synced);
+        status.summary = Some(Summary { total, synced, pending: total - synced, failed: 0, skipped: 0 });
+        status.synced = Some(format!("{synced}/{total}"));
+    }
+    status
+}
+
+/// A run is going on and has something to do.
+pub(super) fn progressing(
+    mirror: &ValidatedMirror,
+    current: &ImageMirrorStatus,
+    progress: ProgressSnapshot,
+    now: Timestamp,
+) -> ImageMirrorStatus {
+    let mut conditions = ConditionSet::new(&current.conditions, mirror.generation, now);
+    if !conditions.is(ConditionType::TargetInSync, Status::False) {
+        let message = format!("copying to {}", mirror.target_host);
+        conditions.set(ConditionType::TargetInSync, Status::False, Reason::Progressing, &message);
+    }
+    ImageMirrorStatus {
+        observed_generation: mirror.generation,
+        conditions: conditions.finish(),
+        progress: Some(ProgressStatus {
+            bytes_done: unsigned(progress.bytes_done),
+            bytes_total: unsigned(progress.bytes_total),
+            images_done: unsigned(progress.images_done),
+            images_total: unsigned(progress.images_total),
+        }),
+        ..current.clone()
+    }
+}
+
+/// Nothing is going on: what changed in the spec, if anything, does not change the outcome.
+pub(super) fn settled(mirror: &ValidatedMirror, current: &ImageMirrorStatus, now: Timestamp) -> ImageMirrorStatus {
+    let mut conditions = ConditionSet::new(&current.conditions, mirror.generation, now);
+    conditions.remove(ConditionType::Stalled);
+    if !current.failures.is_empty() && !conditions.is(ConditionType::Reconciling, Status::True) {
+        conditions.set(
+            ConditionType::Reconciling,
+            Status::True,
+            Reason::ProgressingWithRetry,
+            "what failed is tried again",
+        );
+    }
+    ImageMirrorStatus {
+        observed_generation: mirror.generation,
+        conditions: conditions.finish(),
+        progress: None,
+        ..current.clone()
+    }
+}
+
+/// The object is suspended and no run is going on.
+pub(super) fn suspended(mirror: &ValidatedMirror, current: &ImageMirrorStatus, now: Timestamp) -> ImageMirrorStatus {
+    let mut conditions = ConditionSet::new(&current.conditions, mirror.generation, now);
+    conditions.remove(ConditionType::Reconciling);
+    conditions.remove(ConditionType::Stalled);
+    let is_current = current.last_sync.as_ref().is_some_and(|last| last.spec_hash == mirror.spec_hash);
+    let is_known =
+        conditions.is(ConditionType::Ready, Status::True) || conditions.is(ConditionType::Ready, Status::False);
+    if !(is_current && is_known) {
+        let message = "suspended before this spec was carried out; set spec.suspend to false to go on";
+        conditions.set(ConditionType::Ready, Status::False, Reason::Suspended, message);
+    }
+    ImageMirrorStatus {
+        observed_generation: mirror.generation,
+        conditions: conditions.finish(),
+        progress: None,
+        ..current.clone()
+    }
+}
+
+/// The spec cannot be carried out: nothing but a change of it can help.
+pub(super) fn invalid(
+    generation: i64,
+    current: &ImageMirrorStatus,
+    error: &InvalidSpec,
+    now: Timestamp,
+) -> ImageMirrorStatus {
+    let mut conditions = ConditionSet::new(&current.conditions, generation, now);
+    let message = error.to_string();
+    conditions.set(ConditionType::Ready, Status::False, Reason::InvalidSpec, &message);
+    conditions.set(ConditionType::Stalled, Status::True, Reason::InvalidSpec, &message);
+    conditions.remove(ConditionType::Reconciling);
+    ImageMirrorStatus {
+        observed_generation: generation,
+        conditions: conditions.finish(),
+        progress: None,
+        ..current.clone()
+    }
+}
+
+/// A run has ended.
+pub(super) fn finished(
+    mirror: &ValidatedMirror,
+    current: &ImageMirrorStatus,
+    ended: &Ended,
+    now: Timestamp,
+) -> ImageMirrorStatus {
+    let report = &ended.report;
+    let mut conditions = ConditionSet::new(&current.conditions, mirror.generation, now);
+    conditions.remove(ConditionType::Stalled);
+    match ended.problems.first() {
+        None => {
+            let message = "every Secret named exists and parses";
+            conditions.set(ConditionType::CredentialsResolved, Status::True, Reason::Succeeded, message);
+        }
+        Some(problem) => {
+            let message = problems_message(&ended.problems);
+            conditions.set(ConditionType::CredentialsResolved, Status::False, problem.reason, &message);
+        }
+    }
+    match outcome(report) {
+        None => {
+            let message = format!("{} in step with the sources", count(report.images.len(), "image"));
+            conditions.set(ConditionType::Ready, Status::True, Reason::Succeeded, &message);
+            conditions.set(ConditionType::TargetInSync, Status::True, Reason::Succeeded, &message);
+            conditions.remove(ConditionType::Reconciling);
+        }
+        Some(Failure { reason, message }) => {
+            conditions.set(ConditionType::Ready, Status::False, reason, &message);
+            conditions.set(ConditionType::TargetInSync, Status::False, reason, &message);
+            conditions.set(ConditionType::Reconciling, Status::True, Reason::ProgressingWithRetry, &message);
+        }
+    }
+    let failed = to_i64(report.failed().count());
+    let total = to_i64(report.images.len());
+    let images = images(current, report, now);
+    ImageMirrorStatus {
+        observed_generation: mirror.generation,
+        last_handled_reconcile_at: ended.token.clone().or_else(|| current.last_handled_reconcile_at.clone()),
+        conditions: conditions.finish(),
+        synced: Some(format!("{}/{total}", total - failed)),
+        summary: Some(Summary { total, synced: total - failed, pending: 0, failed, skipped: 0 }),
+        last_sync: Some(LastSync {
+            generation: ended.generation,
+            spec_hash: ended.spec_hash.clone(),
+            started_at: Time(report.started_at),
+            finished_at: Time(report.finished_at),
+            bytes_copied: unsigned(report.totals.bytes_copied),
+            blobs_copied: unsigned(report.totals.blobs_copied),
+            blobs_mounted: unsigned(report.totals.blobs_mounted),
+            blobs_present: unsigned(report.totals.blobs_present),
+        }),
+        progress: None,
+        failures: failures(current, report, now),
+        truncated: images.is_none(),
+        images: images.unwrap_or_default(),
+    }
+}
+
+/// What a report with failures comes to: their reason where they all have one and nothing else worked, else
+/// `PartialFailure`.
+fn outcome(report: &SyncReport) -> Option<Failure> {
+    let failed: Vec<(&ImageReport, &Failure)> = report.failed().collect();
+    let (_, first) = failed.first()?;
+    let of_one_kind = failed.len() == report.images.len() && failed.iter().all(|(_, f)| f.reason == first.reason);
+    if of_one_kind && failed.iter().all(|(_, failure)| failure.message == first.message) {
+        return Some((*first).clone());
+    }
+    let reason = if of_one_kind { first.reason } else { Reason::PartialFailure };
+    let name = |(image, failure): &(&ImageReport, &Failure)| {
+        format!("{} ({}: {})", name_of(image), failure.reason, failure.message)
+    };
+    let named: Vec<String> = failed.iter().take(NAMED_FAILURES).map(name).collect();
+    let more = if failed.len() > NAMED_FAILURES { ", …" } else { "" };
+    let (count, total) = (failed.len(), count(report.images.len(), "image"));
+    Some(Failure { reason, message: format!("{count} of {total} failed: {}{more}", named.join(", ")) })
+}
+
+fn problems_message(problems: &[Problem]) -> String {
+    problems.iter().take(NAMED_FAILURES).map(|problem| problem.message.as_str()).collect::<Vec<_>>().join("; ")
+}
+
+/// The source with its tag or digest, as people write it.
+fn name_of(image: &ImageReport) -> String {
+    let separator = if image.tag.contains(':') { '@' } else { ':' };
+    format!("{}{separator}{}", image.source, image.tag)
+}
+
+fn failures(current: &ImageMirrorStatus, report: &SyncReport, now: Timestamp) -> Vec<FailureStatus> {
+    let before: HashMap<&str, &FailureStatus> =
+        current.failures.iter().map(|failure| (failure.target.as_str(), failure)).collect();
+    let failure = |(image, failure): (&ImageReport, &Failure)| {
+        let before = before.get(image.target.as_str()).filter(|before| before.reason == failure.reason);
+        FailureStatus {
+            source: name_of(image),
+            target: image.target.clone(),
+            reason: failure.reason,
+            message: failure.message.clone(),
+            since: before.map_or(Time(now), |before| before.since.clone()),
+            attempts: before.map_or(1, |before| before.attempts.saturating_add(1)),
+        }
+    };
+    report.failed().map(failure).take(MAX_FAILURES).collect()
+}
+
+/// Every image, or nothing where that would be too much.
+fn images(current: &ImageMirrorStatus, report: &SyncReport, now: Timestamp) -> Option<Vec<ImageStatus>> {
+    if report.images.len() > MAX_IMAGES {
+        return None;
+    }
+    let before: HashMap<&str, &ImageStatus> =
+        current.images.iter().map(|image| (image.target.as_str(), image)).collect();
+    let status = |image: &ImageReport| {
+        let before = before.get(image.target.as_str());
+        // An image that fails keeps what was known of it: its copy at the target stays.
+        let digest = image.digest.clone().or_else(|| before.and_then(|before| before.digest.clone()));
+        let unchanged = before.filter(|before| before.digest == digest);
+        let synced_at = match (&image.failure, unchanged) {
+            (_, Some(before)) => before.synced_at.clone(),
+            (None, None) => Some(Time(now)),
+            (Some(_), None) => None,
+        };
+        ImageStatus {
+            source: image.source.clone(),
+            tag: image.tag.clone(),
+            target: image.target.clone(),
+            source_digest: digest.clone(),
+            digest,
+            state: if image.failure.is_some() { ImageState::Failed } else { ImageState::Synced },
+            synced_at,
+        }
+    };
+    let images: Vec<ImageStatus> = report.images.iter().map(status).collect();
+    let size = serde_json::to_vec(&images).map_or(usize::MAX, |bytes| bytes.len());
+    (size <= MAX_IMAGES_BYTES).then_some(images)
+}
+
+fn count(n: usize, what: &str) -> String {
+    if n == 1 { format!("1 {what}") } else { format!("{n} {what}s") }
+}
+
+fn to_i64(n: usize) -> i64 {
+    i64::try_from(n).unwrap_or(i64::MAX)
+}
+
+fn unsigned(n: u64) -> i64 {
+    i64::try_from(n).unwrap_or(i64::MAX)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,249 @@
+//! From a checked spec and the Secrets it names to what the engine is asked, and what cannot be asked.
+//!
+//! A missing Secret does not stop the run: images that another credential matches are copied, and only those that
+//! would go anonymous because of it fail with its reason. A bad Secret for the target fails all, without a request.
+
+use std::collections::BTreeMap;
+
+use crate::{
+    auth::CredentialStore,
+    oci::{Algorithm, Digest, Host, RepositoryName},
+    reason::Reason,
+    registry::{Access, Transport},
+    sync::{ImageRequest, Registries, SyncRequest},
+};
+
+use super::{
+    secret::{Problem, Secrets, credentials, transport},
+    validate::{RegistrySettings, ValidatedMirror},
+};
+
+/// What a run needs.
+#[derive(Clone, Debug)]
+pub struct Prepared {
+    /// What to do.
+    pub request: SyncRequest,
+    /// How the registries are reached.
+    pub registries: Registries,
+    /// What is missing or cannot be used, in the order of the spec.
+    pub problems: Vec<Problem>,
+    /// The same as long as the Secrets say the same: a change is a reason to try again.
+    pub fingerprint: Digest,
+}
+
+/// Puts a run together. `operator_transport` is what the operator's configuration says of a host, and `last` the
+/// digests that target tags had after the last run.
+#[must_use]
+pub fn prepare(
+    mirror: &ValidatedMirror,
+    secrets: &Secrets,
+    operator_transport: impl Fn(&Host) -> Transport,
+    last: &BTreeMap<String, Digest>,
+) -> Prepared {
+    let mut problems = Vec::new();
+    let (pull, gaps) = pull_credentials(mirror, secrets);
+    problems.extend(gaps.iter().cloned());
+    let target = target_credentials(mirror, secrets, &pull);
+    problems.extend(target.as_ref().err().cloned());
+    let mut transports = BTreeMap::new();
+    let hosts = mirror.images.iter().map(|image| &image.source.host).chain([&mirror.target_host]);
+    for host in hosts {
+        if !transports.contains_key(host) {
+            let found = transport_for(mirror.registries.get(host), secrets)
+                .map(|found| found.unwrap_or_else(|| operator_transport(host)));
+            problems.extend(found.as_ref().err().cloned());
+            transports.insert(host.clone(), found);
+        }
+    }
+    let usable = |host: &Host| transports.get(host).and_then(|found| found.as_ref().ok()).cloned().unwrap_or_default();
+    let target_access = Access {
+        host: mirror.target_host.clone(),
+        transport: usable(&mirror.target_host),
+        credentials: target.clone().unwrap_or_default(),
+    };
+    let why_blocked = |host: &Host, repository: &RepositoryName, target_repository: &RepositoryName| {
+        let transport_problem = |host: &Host| transports.get(host).and_then(|found| found.as_ref().err()).cloned();
+        let target_problem = || target_is_unmatched(mirror, &target_access.credentials, target_repository, &gaps);
+        let gap = || if pull.matching(host, repository).is_empty() { gaps.first().cloned() } else { None };
+        target
+            .as_ref()
+            .err()
+            .cloned()
+            .or_else(|| transport_problem(&mirror.target_host))
+            .or_else(target_problem)
+            .or_else(|| transport_problem(host))
+            .or_else(gap)
+    };
+    let images = mirror.images.iter().map(|image| ImageRequest {
+        source: image.source.clone(),
+        target_repository: image.target_repository.clone(),
+        target_tag: image.target_tag.clone(),
+        last: last.get(&mirror.target_of(image)).cloned(),
+        blocked: why_blocked(&image.source.host, &image.source.repository, &image.target_repository),
+    });
+    let request = SyncRequest { images: images.collect(), timeout: mirror.timeout };
+    let sources = mirror.images.iter().map(|image| &image.source.host).map(|host| {
+        let access = Access { host: host.clone(), transport: usable(host), credentials: pull.clone() };
+        (host.clone(), access)
+    });
+    let registries = Registries { sources: sources.collect(), target: target_access };
+    Prepared { request, registries, problems, fingerprint: fingerprint(secrets) }
+}
+
+/// The credentials for the sources, and what is missing of them.
+fn pull_credentials(mirror: &ValidatedMirror, secrets: &Secrets) -> (CredentialStore, Vec<Problem>) {
+    let mut store = CredentialStore::default();
+    let mut gaps: Vec<Problem> = secrets.service_account_problem.iter().cloned().collect();
+    for name in mirror.pull_secrets.iter().chain(&secrets.of_service_account) {
+        match secrets.get(name).and_then(|secret| credentials(name, secret)) {
+            Ok(found) => store.append(found),
+            Err(problem) => gaps.push(problem),
+        }
+    }
+    (store, gaps)
+}
+
+fn target_credentials(
+    mirror: &ValidatedMirror,
+    secrets: &Secrets,
+    pull: &CredentialStore,
+) -> Result<CredentialStore, Problem> {
+    match &mirror.target_secret {
+        Some(name) => secrets.get(name).and_then(|secret| credentials(name, secret)),
+        None => Ok(pull.clone()),
+    }
+}
+
+/// A Secret that was named for the target and has nothing for it never means anonymous.
+fn target_is_unmatched(
+    mirror: &ValidatedMirror,
+    store: &CredentialStore,
+    repository: &RepositoryName,
+    gaps: &[Problem],
+) -> Option<Problem> {
+    if !store.matching(&mirror.target_host, repository).is_empty() {
+        return None;
+    }
+    match &mirror.target_secret {
+        Some(name) => Some(Problem {
+            reason: Reason::SecretInvalid,
+            message: format!(
+                "Secret {name:?} of spec.target.secretRef has no entry for {}/{repository}; add one for that registry",
+                mirror.target_host
+            ),
+        }),
+        None => gaps.first().cloned(),
+    }
+}
+
+fn transport_for(settings: Option<&RegistrySettings>, secrets: &Secrets) -> Result<Option<Transport>, Problem> {
+    match settings {
+        Some(RegistrySettings { plain_http: true, .. }) => {
+            Ok(Some(Transport { plain_http: true, ..Transport::default() }))
+        }
+        Some(RegistrySettings { cert_secret: Some(name), .. }) => {
+            secrets.get(name).and_then(|secret| transport(name, secret)).map(Some)
+        }
+        _ => Ok(None),
+    }
+}
+
+fn fingerprint(secrets: &Secrets) -> Digest {
+    let mut hasher = Algorithm::Sha256.hasher();
+    for (name, found) in &secrets.found {
+        hasher.update(name.as_bytes());
+        match found {
+            Ok(secret) => {
+                hasher.update(secret.type_.as_deref().unwrap_or_default().as_bytes());
+                for (key, value) in secret.data.iter().flatten() {
+                    hasher.update(key.as_bytes());
+                    hasher.update(&(value.0.len() as u64).to_be_bytes());
+                    hasher.update(&value.0);
+                }
+                for (key, value) in secret.metadata.annotations.iter().flatten() {
+                    hasher.update(key.as_bytes());
+                    hasher.update(value.as_bytes());
+                }
+            }
+            Err(problem) => hasher.update(problem.reason.as_str().as_bytes()),
+        }
+    }
+    for name in &secrets.of_service_account {
+        hasher.update(name.as_bytes());
+    }
+    hasher.finish()
+}
+
+#[cfg(test)]
+mod tests {
+    use k8s_openapi::{ByteString, api::core::v1::Secret};
+
+    use super::*;
+    use crate::mirror::{secret::not_found, validate};
+
+    fn mirror(rest: &str) -> ValidatedMirror {
+        let text = format!(
+            "apiVersion: imagemirror.dev/v1alpha1\nkind: ImageMirror\nmetadata: {{name: a, namespace: n}}\n\
+             spec:\n  images: [{{source: 'gcr.io/a:1'}}, {{source: 'quay.io/b:1'}}]\n{rest}"
+        );
+        validate(&serde_saphyr::from_str(&text).unwrap()).unwrap()
+    }
+
+    fn docker_config(host: &str) -> Secret {
+        let json = format!(r#"{{"auths":{{"{host}":{{"username":"u","password":"p"}}}}}}"#);
+        Secret {
+            type_: Some("kubernetes.io/dockerconfigjson".into()),
+            data: Some([(".dockerconfigjson".to_owned(), ByteString(json.into_bytes()))].into()),
+            ..Secret::default()
+        }
+    }
+
+    fn secrets(found: &[(&str, Option<Secret>)]) -> Secrets {
+        let entry = |(name, secret): &(&str, Option<Secret>)| {
+            ((*name).to_owned(), secret.clone().ok_or_else(|| not_found(name)))
+        };
+        Secrets { found: found.iter().map(entry).collect(), ..Secrets::default() }
+    }
+
+    fn blocked(mirror: &ValidatedMirror, secrets: &Secrets) -> Vec<Option<Reason>> {
+        let prepared = prepare(mirror, secrets, |_| Transport::default(), &BTreeMap::new());
+        prepared.request.images.iter().map(|image| image.blocked.as_ref().map(|problem| problem.reason)).collect()
+    }
+
+    #[test]
+    fn a_missing_pull_secret_blocks_only_what_would_go_anonymous() {
+        let mirror = mirror(
+            "  target: {registry: t.io, secretRef: {name: push}}\n  imagePullSecrets: [{name: gcr}, {name: gone}]",
+        );
+        let with =
+            secrets(&[("gcr", Some(docker_config("gcr.io"))), ("gone", None), ("push", Some(docker_config("t.io")))]);
+        assert_eq!(blocked(&mirror, &with), [None, Some(Reason::SecretNotFound)]);
+    }
+
+    #[test]
+    fn a_bad_target_secret_blocks_everything() {
+        let mirror = mirror("  target: {registry: t.io, secretRef: {name: push}}");
+        let all = |reason| vec![Some(reason), Some(reason)];
+        assert_eq!(blocked(&mirror, &secrets(&[("push", None)])), all(Reason::SecretNotFound));
+        let other_host = secrets(&[("push", Some(docker_config("other.io")))]);
+        assert_eq!(blocked(&mirror, &other_host), all(Reason::SecretInvalid));
+        assert_eq!(blocked(&mirror, &secrets(&[("push", Some(docker_config("t.io")))])), [None, None]);
+    }
+
+    #[test]
+    fn without_secrets_everything_is_anonymous() {
+        let mirror = mirror("  target: {registry: t.io}");
+        assert_eq!(blocked(&mirror, &Secrets::default()), [None, None]);
+    }
+
+    #[test]
+    fn the_fingerprint_follows_the_content() {
+        let mirror = mirror("  target: {registry: t.io, secretRef: {name: push}}");
+        let of = |secrets| prepare(&mirror, &secrets, |_| Transport::default(), &BTreeMap::new()).fingerprint;
+        let missing = of(secrets(&[("push", None)]));
+        let one = of(secrets(&[("push", Some(docker_config("t.io")))]));
+        let two = of(secrets(&[("push", Some(docker_config("u.io")))]));
+        assert!(missing != one && one != two);
+        assert_eq!(one, of(secrets(&[("push", Some(docker_config("t.io")))])));
+    }
+}

@@ -1,0 +1,173 @@
+//! Secrets as credentials and certificates. Messages name the Secret and the key, never the content.
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use bytes::Bytes;
+use k8s_openapi::{ByteString, api::core::v1::Secret};
+use secrecy::{SecretSlice, SecretString};
+
+use crate::{
+    api::REGISTRY_OF_SECRET,
+    auth::{Credential, CredentialStore},
+    reason::Reason,
+    registry::Transport,
+    sync::Failure,
+};
+
+/// Something named in the spec that is missing or cannot be used.
+pub type Problem = Failure;
+
+/// The Secrets that an object names, as they were read, and the pull secrets of its `ServiceAccount`.
+#[derive(Clone, Debug, Default)]
+pub struct Secrets {
+    /// By name: the Secret, or why it could not be read.
+    pub found: BTreeMap<String, Result<Secret, Problem>>,
+    /// The names of the `ServiceAccount`'s `imagePullSecrets`; empty without one.
+    pub of_service_account: Vec<String>,
+    /// Why the `ServiceAccount` could not be read.
+    pub service_account_problem: Option<Problem>,
+}
+
+impl Secrets {
+    pub(super) fn get(&self, name: &str) -> Result<&Secret, Problem> {
+        match self.found.get(name) {
+            Some(Ok(secret)) => Ok(secret),
+            Some(Err(problem)) => Err(problem.clone()),
+            None => Err(not_found(name)),
+        }
+    }
+}
+
+/// A Secret that does not exist.
+#[must_use]
+pub(crate) fn not_found(name: &str) -> Problem {
+    let message =
+        format!("Secret {name:?} does not exist in this namespace; create it, or correct its name in the spec");
+    Problem { reason: Reason::SecretNotFound, message }
+}
+
+fn invalid(name: &str, what: &str) -> Problem {
+    Problem { reason: Reason::SecretInvalid, message: format!("Secret {name:?} cannot be used: {what}") }
+}
+
+/// Reads a Secret as credentials.
+pub(super) fn credentials(name: &str, secret: &Secret) -> Result<CredentialStore, Problem> {
+    let origin = format!("Secret {name:?}");
+    let data = |key: &str| value(secret, key).ok_or_else(|| invalid(name, &format!("its key {key} is missing")));
+    let broken = |key: &str, what: &str| invalid(name, &format!("{key}: {what}"));
+    match secret.type_.as_deref().unwrap_or("Opaque") {
+        "kubernetes.io/dockerconfigjson" => {
+            CredentialStore::from_docker_config_json(data(".dockerconfigjson")?, &origin)
+                .map_err(|error| broken(".dockerconfigjson", &error.to_string()))
+        }
+        "kubernetes.io/dockercfg" => CredentialStore::from_docker_cfg(data(".dockercfg")?, &origin)
+            .map_err(|error| broken(".dockercfg", &error.to_string())),
+        "kubernetes.io/basic-auth" => {
+            let text = |key| {
+                let bytes = data(key)?.to_vec();
+                String::from_utf8(bytes).map_err(|_| broken(key, "it is not text"))
+            };
+            let (username, password) = (text("username")?, SecretString::from(text("password")?));
+            let annotations = secret.metadata.annotations.as_ref();
+            let registry =
+                annotations.and_then(|annotations| annotations.get(REGISTRY_OF_SECRET)).ok_or_else(|| {
+                    invalid(
+                        name,
+                        &format!("a basic-auth Secret needs the annotation {REGISTRY_OF_SECRET}: host[:port][/path]"),
+                    )
+                })?;
+            if registry.contains(['*', '?', '[']) && !registry.starts_with('[') {
+                return Err(invalid(
+                    name,
+                    &format!("the annotation {REGISTRY_OF_SECRET} names one registry, without wildcards"),
+                ));
+            }
+            let credential = Credential::new(username, password, &origin);
+            CredentialStore::single(registry, credential).map_err(|error| invalid(name, &error.to_string()))
+        }
+        other => Err(invalid(
+            name,
+            &format!(
+                "its type is {other}; make it with `kubectl create secret docker-registry`, which has the type \
+                 kubernetes.io/dockerconfigjson"
+            ),
+        )),
+    }
+}
+
+/// Reads a Secret as CA and client certificate.
+pub(super) fn transport(name: &str, secret: &Secret) -> Result<Transport, Problem> {
+    let ca = value(secret, "ca.crt").map(Bytes::copy_from_slice);
+    let identity = match (value(secret, "tls.crt"), value(secret, "tls.key")) {
+        (Some(chain), Some(key)) => Some((Bytes::copy_from_slice(chain), Arc::new(SecretSlice::from(key.to_vec())))),
+        (None, None) => None,
+        _ => return Err(invalid(name, "tls.crt and tls.key go together")),
+    };
+    if ca.is_none() && identity.is_none() {
+        return Err(invalid(name, "it has none of the keys ca.crt, tls.crt and tls.key"));
+    }
+    let transport = Transport { plain_http: false, ca, identity };
+    transport.check().map_err(|error| Problem {
+        reason: Reason::CertificateInvalid,
+        message: format!("Secret {name:?} cannot be used: {error}"),
+    })?;
+    Ok(transport)
+}
+
+fn value<'a>(secret: &'a Secret, key: &str) -> Option<&'a [u8]> {
+    let ByteString(bytes) = secret.data.as_ref()?.get(key)?;
+    Some(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn secret(type_: &str, data: &[(&str, &str)], registry: Option<&str>) -> Secret {
+        let mut secret = Secret { type_: Some(type_.into()), ..Secret::default() };
+        let entry = |(key, value): &(&str, &str)| ((*key).to_owned(), ByteString(value.as_bytes().to_vec()));
+        secret.data = Some(data.iter().map(entry).collect());
+        secret.metadata.annotations =
+            registry.map(|registry| [(REGISTRY_OF_SECRET.to_owned(), registry.to_owned())].into());
+        secret
+    }
+
+    #[test]
+    fn basic_auth_belongs_to_the_registry_that_it_names() {
+        let data = [("username", "u"), ("password", "p")];
+        let good = credentials("s", &secret("kubernetes.io/basic-auth", &data, Some("gcr.io/team"))).unwrap();
+        assert_eq!(good.matching(&"gcr.io".parse().unwrap(), &"team/a".parse().unwrap()).len(), 1);
+        for registry in [None, Some("*.io")] {
+            assert!(credentials("s", &secret("kubernetes.io/basic-auth", &data, registry)).is_err());
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_used_is_named_without_its_content() {
+        for (secret, expected) in [
+            (secret("Opaque", &[("password", "hunter2")], None), "its type is Opaque"),
+            (
+                secret("kubernetes.io/dockerconfigjson", &[(".dockerconfigjson", "{hunter2")], None),
+                ".dockerconfigjson: it is not valid",
+            ),
+            (secret("kubernetes.io/dockerconfigjson", &[], None), ".dockerconfigjson is missing"),
+            (secret("kubernetes.io/basic-auth", &[("username", "u")], Some("gcr.io")), "password is missing"),
+        ] {
+            let problem = credentials("pull", &secret).unwrap_err();
+            assert_eq!(problem.reason, Reason::SecretInvalid);
+            assert!(problem.message.contains(expected) && problem.message.contains("\"pull\""), "{}", problem.message);
+            assert!(!problem.message.contains("hunter2"));
+        }
+    }
+
+    #[test]
+    fn certificates_are_checked_before_they_are_used() {
+        for (data, reason) in [
+            (&[("ca.crt", "garbage")][..], Reason::CertificateInvalid),
+            (&[("tls.crt", "x")], Reason::SecretInvalid),
+            (&[("other", "x")], Reason::SecretInvalid),
+        ] {
+            assert_eq!(transport("ca", &secret("Opaque", data, None)).unwrap_err().reason, reason);
+        }
+    }
+}

@@ -1,0 +1,363 @@
+//! Checks a spec and turns it into plain values. Everything is checked here, also what the API server checked: an
+//! object may have been stored under an older schema, and the command line has no API server.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    time::Duration,
+};
+
+use kube::{ResourceExt as _, core::Duration as GoDuration};
+
+use crate::{
+    api::v1alpha1::{Image, ImageMirror, ImageMirrorSpec},
+    oci::{Digest, Host, Reference, RepositoryName, Tag},
+    schedule::{DEFAULT_INTERVAL, MIN_INTERVAL},
+    sync::ImageSource,
+};
+
+const DEFAULT_TIMEOUT: Duration = Duration::from_hours(6);
+const DEFAULT_TEMPLATE: &str = "{repository}";
+/// More wanted tags than this are refused.
+const MAX_IMAGES: usize = 10_000;
+/// Errors that are said at once.
+const MAX_ERRORS: usize = 5;
+
+/// An `ImageMirror` that can be carried out.
+#[derive(Clone, Debug)]
+pub struct ValidatedMirror {
+    /// The object's namespace: the only one in which anything it names is looked up.
+    pub namespace: String,
+    /// The object's name.
+    pub name: String,
+    /// The generation of the spec.
+    pub generation: i64,
+    /// A hash of what decides the outcome of a run: the spec without `suspend`, `interval` and `timeout`.
+    pub spec_hash: String,
+    /// Start no runs.
+    pub suspended: bool,
+    /// How often to run.
+    pub interval: Duration,
+    /// How long a run may take.
+    pub timeout: Duration,
+    /// The token of the annotation that asks for a run now.
+    pub requested_at: Option<String>,
+    /// The images, one for each target tag, no two with the same.
+    pub images: Vec<WantedImage>,
+    /// The target registry.
+    pub target_host: Host,
+    /// The Secret for the target.
+    pub target_secret: Option<String>,
+    /// The Secrets for the sources, in order.
+    pub pull_secrets: Vec<String>,
+    /// The `ServiceAccount` whose pull secrets follow.
+    pub service_account: Option<String>,
+    /// How single registries are reached.
+    pub registries: BTreeMap<Host, RegistrySettings>,
+}
+
+/// One image and where it goes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WantedImage {
+    /// Where it comes from.
+    pub source: ImageSource,
+    /// The repository at the target.
+    pub target_repository: RepositoryName,
+    /// The tag at the target.
+    pub target_tag: Tag,
+}
+
+/// How the spec says to reach one registry.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct RegistrySettings {
+    /// Without TLS.
+    pub plain_http: bool,
+    /// The Secret with CA and client certificate.
+    pub cert_secret: Option<String>,
+}
+
+/// A spec that cannot be carried out, with every field that is wrong.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{}", errors.join("; "))]
+pub struct InvalidSpec {
+    errors: Vec<String>,
+}
+
+impl InvalidSpec {
+    /// A spec that could not even be read.
+    #[must_use]
+    pub fn unreadable(why: &str) -> Self {
+        Self { errors: vec![format!("the stored object cannot be read: {why}")] }
+    }
+}
+
+impl ValidatedMirror {
+    /// The target of an image as status and messages name it.
+    #[must_use]
+    pub fn target_of(&self, image: &WantedImage) -> String {
+        format!("{}/{}:{}", self.target_host, image.target_repository, image.target_tag)
+    }
+}
+
+/// Checks a spec. All errors are found, the first five are said.
+pub fn validate(mirror: &ImageMirror) -> Result<ValidatedMirror, InvalidSpec> {
+    let mut errors = Errors::default();
+    let spec = &mirror.spec;
+    let target_host = errors.take("spec.target.registry", spec.target.registry.parse::<Host>());
+    let template = spec.target.repository.as_deref().unwrap_or(DEFAULT_TEMPLATE);
+    let interval = errors.duration("spec.interval", spec.interval.as_deref(), DEFAULT_INTERVAL, MIN_INTERVAL);
+    let timeout = errors.duration("spec.timeout", spec.timeout.as_deref(), DEFAULT_TIMEOUT, Duration::from_millis(1));
+    let mut images = Vec::new();
+    if spec.images.is_empty() {
+        errors.add("spec.images", "name at least one image");
+    }
+    for (index, image) in spec.images.iter().enumerate() {
+        let field = format!("spec.images[{index}]");
+        match wanted_images(image, template, &field) {
+            Ok(found) => images.extend(found),
+            Err(message) => errors.0.push(message),
+        }
+    }
+    if images.len() > MAX_IMAGES {
+        errors.add("spec.images", &format!("{} tags are wanted, at most {MAX_IMAGES} can be", images.len()));
+    }
+    errors.collisions(&images);
+    let registries = errors.registries(spec);
+    let (Some(target_host), true) = (target_host, errors.0.is_empty()) else {
+        errors.0.truncate(MAX_ERRORS);
+        return Err(InvalidSpec { errors: errors.0 });
+    };
+    Ok(ValidatedMirror {
+        namespace: mirror.namespace().unwrap_or_default(),
+        name: mirror.name_any(),
+        generation: mirror.metadata.generation.unwrap_or_default(),
+        spec_hash: spec_hash(spec),
+        suspended: spec.suspend.unwrap_or_default(),
+        interval,
+        timeout,
+        requested_at: mirror.requested_at().map(str::to_owned),
+        images,
+        target_host,
+        target_secret: spec.target.secret_ref.as_ref().map(|secret| secret.name.clone()),
+        pull_secrets: spec.image_pull_secrets.iter().map(|secret| secret.name.clone()).collect(),
+        service_account: spec.service_account_name.clone(),
+        registries,
+    })
+}
+
+#[derive(Default)]
+struct Errors(Vec<String>);
+
+impl Errors {
+    fn add(&mut self, field: &str, what: &str) {
+        self.0.push(format!("{field}: {what}"));
+    }
+
+    fn take<T, E: std::fmt::Display>(&mut self, field: &str, result: Result<T, E>) -> Option<T> {
+        result.map_err(|error| self.add(field, &error.to_string())).ok()
+    }
+
+    fn duration(&mut self, field: &str, text: Option<&str>, default: Duration, min: Duration) -> Duration {
+        let Some(text) = text else { return default };
+        let parsed = text.parse::<GoDuration>().ok().filter(|duration| !duration.is_negative()).map(Duration::from);
+        match parsed {
+            Some(duration) if duration >= min => duration,
+            Some(_) => {
+                self.add(field, &format!("{text} is too short, write at least {}", GoDuration::from(min)));
+                default
+            }
+            None => {
+                self.add(field, &format!("{text:?} is not a duration, write for example 90s, 1h or 1h30m"));
+                default
+            }
+        }
+    }
+
+    /// Two images that would take turns in writing one tag.
+    fn collisions(&mut self, images: &[WantedImage]) {
+        let mut seen: HashMap<(&RepositoryName, &Tag), &ImageSource> = HashMap::new();
+        for image in images {
+            let key = (&image.target_repository, &image.target_tag);
+            if let Some(other) = seen.insert(key, &image.source) {
+                let one = format!("{}/{}", other.host, other.repository);
+                let two = format!("{}/{}", image.source.host, image.source.repository);
+                let what = format!(
+                    "{one} and {two} both want the target tag {}:{}; give one of them a targetRepository or targetTags",
+                    image.target_repository, image.target_tag
+                );
+                self.add("spec.images", &what);
+            }
+        }
+    }
+
+    fn registries(&mut self, spec: &ImageMirrorSpec) -> BTreeMap<Host, RegistrySettings> {
+        let mut registries = BTreeMap::new();
+        for (index, registry) in spec.registries.iter().enumerate() {
+            let field = format!("spec.registries[{index}].host");
+            let Some(host) = self.take(&field, registry.host.parse::<Host>()) else { continue };
+            let settings = RegistrySettings {
+                plain_http: registry.plain_http.unwrap_or_default(),
+                cert_secret: registry.cert_secret_ref.as_ref().map(|secret| secret.name.clone()),
+            };
+            if settings.plain_http && settings.cert_secret.is_some() {
+                self.add(&field, "plainHTTP and certSecretRef exclude each other");
+            }
+            if registries.insert(host, settings).is_some() {
+                self.add(&field, "the host is listed twice");
+            }
+        }
+        registries
+    }
+}
+
+/// The images that one entry of the list asks for, or what is wrong with it.
+fn wanted_images(image: &Image, template: &str, field: &str) -> Result<Vec<WantedImage>, String> {
+    let fail = |field: &str, what: &str| format!("{field}: {what}");
+    let source_field = format!("{field}.source");
+    let reference: Reference = image.source.parse().map_err(|error| fail(&source_field, &format!("{error}")))?;
+    let parse_tags = |name: &str, tags: &[String]| -> Result<Vec<Tag>, String> {
+        let parse =
+            |tag: &String| tag.parse::<Tag>().map_err(|error| fail(&format!("{field}.{name}"), &error.to_string()));
+        tags.iter().map(parse).collect()
+    };
+    let tags = parse_tags("tags", &image.tags)?;
+    let target_tags = parse_tags("targetTags", &image.target_tags)?;
+    let has_own = reference.tag.is_some() || reference.digest.is_some();
+    if has_own && !tags.is_empty() {
+        return Err(fail(
+            &source_field,
+            "has a tag or digest already: write tags either in source or in tags, not in both",
+        ));
+    }
+    if !has_own && tags.is_empty() {
+        return Err(fail(
+            &source_field,
+            "name what to mirror: add a tag, as in registry.example.com/app:1.0, or list tags",
+        ));
+    }
+    if reference.digest.is_some() && reference.tag.is_none() && target_tags.is_empty() {
+        return Err(fail(&source_field, "has a digest and no tag: write targetTags, the tags to write at the target"));
+    }
+    if !target_tags.is_empty() && tags.len() > 1 {
+        return Err(fail(&format!("{field}.targetTags"), "is for a source with one tag or a digest"));
+    }
+    let template = image.target_repository.as_deref().unwrap_or(template);
+    let target_repository = expand(template, &reference)
+        .map_err(|what| fail(&format!("{field}.targetRepository or spec.target.repository"), &what))?;
+    let source_tags: Vec<Option<Tag>> =
+        if tags.is_empty() { vec![reference.tag.clone()] } else { tags.into_iter().map(Some).collect() };
+    let mut wanted = Vec::new();
+    for tag in source_tags {
+        let written: Vec<Tag> =
+            if target_tags.is_empty() { tag.iter().cloned().collect() } else { target_tags.clone() };
+        for target_tag in written {
+            let source = ImageSource {
+                host: reference.host.clone(),
+                repository: reference.repository.clone(),
+                tag: tag.clone(),
+                digest: reference.digest.clone(),
+            };
+            wanted.push(WantedImage { source, target_repository: target_repository.clone(), target_tag });
+        }
+    }
+    Ok(wanted)
+}
+
+/// Expands `{registry}`, `{repository}`, `{parent}` and `{name}`. Doubled and leading slashes are removed.
+fn expand(template: &str, source: &Reference) -> Result<RepositoryName, String> {
+    let expanded = template
+        .replace("{registry}", &source.host.as_str().replace(':', "-"))
+        .replace("{repository}", source.repository.as_str())
+        .replace("{parent}", source.repository.parent())
+        .replace("{name}", source.repository.last_part());
+    if expanded.contains(['{', '}']) {
+        return Err(format!(
+            "{template:?} has an unknown placeholder; write {{registry}}, {{repository}}, {{parent}} or {{name}}"
+        ));
+    }
+    let parts: Vec<&str> = expanded.split('/').filter(|part| !part.is_empty()).collect();
+    parts.join("/").parse().map_err(|error| format!("{error}"))
+}
+
+fn spec_hash(spec: &ImageMirrorSpec) -> String {
+    let relevant = ImageMirrorSpec { suspend: None, interval: None, timeout: None, ..spec.clone() };
+    // Serialising plain structs of strings does not fail; if it did, every spec would count as the same.
+    Digest::sha256(&serde_json::to_vec(&relevant).unwrap_or_default()).hex().to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn mirror(images: &str, rest: &str) -> ImageMirror {
+        let text = format!(
+            "apiVersion: imagemirror.dev/v1alpha1\nkind: ImageMirror\nmetadata: {{name: a, namespace: n}}\n\
+             spec:\n  target: {{registry: target.example.com, repository: 'mirror/{{name}}'}}\n  images: {images}\n{rest}"
+        );
+        serde_saphyr::from_str(&text).unwrap()
+    }
+
+    fn targets(images: &str) -> Vec<String> {
+        let mirror = validate(&mirror(images, "")).unwrap();
+        mirror.images.iter().map(|image| mirror.target_of(image)).collect()
+    }
+
+    fn error(images: &str, rest: &str) -> String {
+        validate(&mirror(images, rest)).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn each_tag_has_one_target() {
+        assert_eq!(
+            targets(
+                "[{source: gcr.io/a/agent, tags: ['1', '2']}, {source: nginx:1.27, targetRepository: '{registry}/{repository}'}]"
+            ),
+            [
+                "target.example.com/mirror/agent:1",
+                "target.example.com/mirror/agent:2",
+                "target.example.com/docker.io/library/nginx:1.27"
+            ]
+        );
+        let digest = format!("sha256:{}", "a".repeat(64));
+        assert_eq!(targets(&format!("[{{source: 'gcr.io/a@{digest}', targetTags: [x, y]}}]")).len(), 2);
+        assert_eq!(targets(&format!("[{{source: 'gcr.io/a:t@{digest}'}}]")), ["target.example.com/mirror/a:t"]);
+        assert_eq!(
+            targets("[{source: 'localhost:5000/x:1', targetRepository: '/{registry}//{parent}/{name}'}]"),
+            ["target.example.com/localhost-5000/x:1"]
+        );
+    }
+
+    #[test]
+    fn what_is_wrong_is_named_with_its_field() {
+        let digest = format!("sha256:{}", "a".repeat(64));
+        for (images, rest, expected) in [
+            ("[]", "", "spec.images: name at least one image"),
+            ("[{source: gcr.io/a}]", "", "spec.images[0].source: name what to mirror"),
+            ("[{source: 'gcr.io/a:1', tags: ['2']}]", "", "not in both"),
+            ("[{source: 'https://gcr.io/a:1'}]", "", "without a scheme"),
+            (&format!("[{{source: 'gcr.io/a@{digest}'}}]"), "", "write targetTags"),
+            ("[{source: gcr.io/a, tags: ['1','2'], targetTags: [x]}]", "", "targetTags"),
+            ("[{source: gcr.io/a, tags: ['-']}]", "", "spec.images[0].tags: invalid tag"),
+            (
+                "[{source: 'gcr.io/a:1'}, {source: 'quay.io/a:1'}]",
+                "",
+                "gcr.io/a and quay.io/a both want the target tag mirror/a:1",
+            ),
+            ("[{source: 'gcr.io/a:1', targetRepository: '{nme}'}]", "", "unknown placeholder"),
+            ("[{source: 'gcr.io/a:1'}]", "  interval: 5s", "spec.interval: 5s is too short"),
+            ("[{source: 'gcr.io/a:1'}]", "  interval: soon", "is not a duration"),
+            ("[{source: 'gcr.io/a:1'}]", "  registries: [{host: 'http://x'}]", "spec.registries[0].host"),
+            ("[{source: 'gcr.io/a:1'}]", "  registries: [{host: x.io}, {host: X.io}]", "listed twice"),
+        ] {
+            let message = error(images, rest);
+            assert!(message.contains(expected), "{images} {rest}: {message}");
+        }
+    }
+
+    #[test]
+    fn the_hash_leaves_out_what_does_not_change_the_outcome() {
+        let hash = |rest: &str| validate(&mirror("[{source: 'gcr.io/a:1'}]", rest)).unwrap().spec_hash;
+        let plain = hash("");
+        assert_eq!(hash("  interval: 2h\n  timeout: 1h\n  suspend: true"), plain);
+        assert_ne!(hash("  serviceAccountName: x"), plain);
+    }
+}

@@ -1,0 +1,62 @@
+//! Descriptors (image-spec, descriptor.md) and the media types that the engine knows by name.
+
+use serde::{Deserialize, Serialize};
+
+use super::Digest;
+
+/// Media types of manifests and of layers that are not distributed.
+pub mod media_type {
+    /// OCI image manifest.
+    pub const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
+    /// OCI image index.
+    pub const OCI_INDEX: &str = "application/vnd.oci.image.index.v1+json";
+    /// Docker image manifest, schema 2.
+    pub const DOCKER_MANIFEST: &str = "application/vnd.docker.distribution.manifest.v2+json";
+    /// Docker manifest list.
+    pub const DOCKER_LIST: &str = "application/vnd.docker.distribution.manifest.list.v2+json";
+    /// Docker manifest, schema 1, signed.
+    pub const DOCKER_SCHEMA1_SIGNED: &str = "application/vnd.docker.distribution.manifest.v1+prettyjws";
+    /// Docker manifest, schema 1.
+    pub const DOCKER_SCHEMA1: &str = "application/vnd.docker.distribution.manifest.v1+json";
+    /// OCI artifact manifest, withdrawn from the specification but still found.
+    pub const OCI_ARTIFACT: &str = "application/vnd.oci.artifact.manifest.v1+json";
+}
+
+/// What a manifest says of a piece of content.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Descriptor {
+    /// The media type of the content; absent in some old artifacts.
+    #[serde(default)]
+    pub media_type: String,
+    /// The digest of the content.
+    pub digest: Digest,
+    /// The length of the content in bytes.
+    pub size: u64,
+    /// Where else the content may be fetched: set for foreign layers.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub urls: Vec<String>,
+}
+
+impl Descriptor {
+    /// Whether the media type is that of a manifest or an index.
+    #[must_use]
+    pub fn is_manifest(&self) -> bool {
+        matches!(
+            self.media_type.as_str(),
+            media_type::OCI_MANIFEST
+                | media_type::OCI_INDEX
+                | media_type::DOCKER_MANIFEST
+                | media_type::DOCKER_LIST
+                | media_type::DOCKER_SCHEMA1
+                | media_type::DOCKER_SCHEMA1_SIGNED
+                | media_type::OCI_ARTIFACT
+        )
+    }
+
+    /// Whether this is a layer that its vendor distributes elsewhere: it has `urls` and is not fetched from the registry.
+    #[must_use]
+    pub fn is_foreign(&self) -> bool {
+        !self.urls.is_empty()
+    }
+}

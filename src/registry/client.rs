@@ -1,0 +1,158 @@
+//! The one registry client of the process: pools, limits per host, tokens, what was learned of each host.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use super::{
+    limits::HostLimits,
+    transport::{Pools, Transport, TransportError},
+};
+use crate::{
+    auth::{Challenge, TokenCache},
+    oci::Host,
+};
+
+/// How long the client waits for what. Every wait on the network has a bound here.
+#[derive(Clone, Debug)]
+pub struct Timing {
+    /// For a connection, name resolution and TLS included.
+    pub connect: Duration,
+    /// For the head of the answer to a request without a body.
+    pub head: Duration,
+    /// For the next byte, either way.
+    pub idle: Duration,
+    /// For the answer after the last byte of an upload.
+    pub answer: Duration,
+    /// How long an unused connection is kept.
+    pub pool_idle: Duration,
+    /// The first wait before a failed request is repeated; later ones double.
+    pub backoff_first: Duration,
+    /// The longest wait between repetitions.
+    pub backoff_max: Duration,
+    /// For the write of a tag, so that it ends before another leader can begin.
+    pub tag_write: Duration,
+    /// How much of the lease must be left when the write of a tag begins.
+    pub tag_write_margin: Duration,
+}
+
+impl Default for Timing {
+    fn default() -> Self {
+        Self {
+            connect: Duration::from_secs(10),
+            head: Duration::from_secs(30),
+            idle: Duration::from_secs(30),
+            answer: Duration::from_mins(10),
+            pool_idle: Duration::from_secs(20),
+            backoff_first: Duration::from_secs(1),
+            backoff_max: Duration::from_secs(30),
+            tag_write: Duration::from_secs(8),
+            tag_write_margin: Duration::from_secs(9),
+        }
+    }
+}
+
+/// What an administrator sets for one host.
+#[derive(Clone, Debug)]
+pub struct HostOptions {
+    /// Hosts beside the registry's own domain that may receive its credentials.
+    pub auth_hosts: Vec<Host>,
+    /// Requests in flight at most.
+    pub requests: usize,
+    /// Blobs over 1 MiB under way at most.
+    pub streams: usize,
+}
+
+impl Default for HostOptions {
+    fn default() -> Self {
+        Self { auth_hosts: Vec::new(), requests: 32, streams: 6 }
+    }
+}
+
+/// What an administrator sets for the client.
+#[derive(Clone, Debug, Default)]
+pub struct ClientOptions {
+    /// How long to wait for what.
+    pub timing: Timing,
+    /// Settings of single hosts; others have the default.
+    pub hosts: HashMap<Host, HostOptions>,
+}
+
+/// The registry client of the process. Cheap to clone.
+#[derive(Clone)]
+pub struct Client {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    options: ClientOptions,
+    pools: Pools,
+    tokens: TokenCache,
+    limits: Mutex<HashMap<String, Arc<HostLimits>>>,
+    challenges: Mutex<HashMap<String, Vec<Challenge>>>,
+}
+
+impl Client {
+    /// A client with these options.
+    #[must_use]
+    pub fn new(options: ClientOptions) -> Self {
+        let inner = Inner {
+            options,
+            pools: Pools::default(),
+            tokens: TokenCache::default(),
+            limits: Mutex::default(),
+            challenges: Mutex::default(),
+        };
+        Self { inner: Arc::new(inner) }
+    }
+
+    /// How long this client waits for what.
+    #[must_use]
+    pub fn timing(&self) -> &Timing {
+        &self.inner.options.timing
+    }
+
+    pub(super) fn http(&self, transport: &Transport) -> Result<reqwest::Client, TransportError> {
+        self.inner.pools.get(transport, self.timing())
+    }
+
+    pub(super) fn tokens(&self) -> &TokenCache {
+        &self.inner.tokens
+    }
+
+    pub(super) fn auth_hosts(&self, host: &Host) -> &[Host] {
+        self.inner.options.hosts.get(host).map_or(&[], |options| &options.auth_hosts)
+    }
+
+    /// The limits of a host, by its `host[:port]` as it is dialled.
+    pub(crate) fn limits(&self, host: &str) -> Arc<HostLimits> {
+        let mut limits = self.inner.limits.lock().unwrap_or_else(PoisonError::into_inner);
+        if limits.len() >= Self::MAX_HOSTS {
+            limits.retain(|_, host| Arc::strong_count(host) > 1 || host.closed_for().is_some());
+        }
+        Arc::clone(limits.entry(host.to_owned()).or_insert_with(|| {
+            let options = host.parse::<Host>().ok().and_then(|host| self.inner.options.hosts.get(&host).cloned());
+            let options = options.unwrap_or_default();
+            Arc::new(HostLimits::new(options.requests, options.streams))
+        }))
+    }
+
+    /// What the registry last asked for: another repository of the host then costs no 401.
+    pub(super) fn challenges(&self, registry: &str) -> Vec<Challenge> {
+        let challenges = self.inner.challenges.lock().unwrap_or_else(PoisonError::into_inner);
+        challenges.get(registry).cloned().unwrap_or_default()
+    }
+
+    pub(super) fn remember_challenges(&self, registry: &str, found: Vec<Challenge>) {
+        let mut challenges = self.inner.challenges.lock().unwrap_or_else(PoisonError::into_inner);
+        if challenges.len() >= Self::MAX_HOSTS {
+            challenges.clear();
+        }
+        challenges.insert(registry.to_owned(), found);
+    }
+
+    /// Redirects lead to hosts that a registry chooses, so that what is kept by host needs a bound.
+    const MAX_HOSTS: usize = 1024;
+}

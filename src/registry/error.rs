@@ -1,0 +1,379 @@
+//! What can go wrong with a registry, and what it means: the one table from (step, code, status) to reason and retry.
+//!
+//! The OCI error code counts before the status, because registries answer the same event with different statuses.
+
+use std::{fmt, time::Duration};
+
+use http::StatusCode;
+use serde::Deserialize;
+
+use crate::reason::Reason;
+
+/// A failed exchange with a registry.
+#[derive(Debug, thiserror::Error)]
+pub struct Error {
+    /// What happened.
+    pub kind: ErrorKind,
+    /// What was being done.
+    pub step: Step,
+    /// The registry, or the token server of one, as `host[:port]`.
+    pub host: String,
+    /// What was asked for, such as `agent:7.70.0`; never a URL.
+    pub subject: String,
+    #[source]
+    source: Option<Box<dyn std::error::Error + Send + Sync>>,
+}
+
+/// What happened.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ErrorKind {
+    /// The name did not resolve or no connection came about.
+    Connect,
+    /// The certificate was not accepted, or TLS failed otherwise.
+    Tls,
+    /// Nothing arrived for as long as [`Timing`](super::Timing) allows.
+    TimedOut,
+    /// The connection broke after the request was sent.
+    Interrupted,
+    /// An answer that is not a success.
+    Status {
+        /// The HTTP status.
+        status: StatusCode,
+        /// The first OCI error code of the body.
+        code: Option<String>,
+        /// The registry's own words, cleaned and shortened.
+        message: Option<String>,
+        /// What `Retry-After` says.
+        retry_after: Option<Duration>,
+        /// Where the credential came from that was refused with 401 or 403.
+        credential: Option<String>,
+    },
+    /// The registry names a token server that its credentials must not be sent to.
+    RealmRefused(String),
+    /// A redirect leads where it must not: to plain HTTP, in a loop, or anywhere on a write.
+    RedirectRefused(String),
+    /// An upload location at another host.
+    LocationRefused(String),
+    /// A body larger than its kind may be.
+    TooLarge(u64),
+    /// Bytes that are not what the digest or the size promises.
+    Integrity(String),
+    /// An answer that the protocol does not allow.
+    Malformed(String),
+    /// The client could not be set up.
+    Setup(String),
+    /// Another leader may have taken over: no tag is written any more.
+    LeadershipLost,
+}
+
+/// A step of the protocol.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Step {
+    /// `GET` of a token.
+    Token,
+    /// `HEAD` of a manifest.
+    HeadManifest,
+    /// `GET` of a manifest.
+    GetManifest,
+    /// `HEAD` of a blob.
+    HeadBlob,
+    /// `GET` of a manifest that another manifest names.
+    GetChild,
+    /// `GET` of a blob.
+    GetBlob,
+    /// `POST` that opens an upload, or mounts.
+    StartUpload,
+    /// `PUT` of a blob.
+    PutBlob,
+    /// `DELETE` of an upload session.
+    CancelUpload,
+    /// `PUT` of a manifest or tag.
+    PutManifest,
+}
+
+/// Which of the two registries an exchange was with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Side {
+    /// The registry that is read.
+    Source,
+    /// The registry that is written.
+    Target,
+}
+
+impl Error {
+    pub(super) fn new(kind: ErrorKind, step: Step, host: &str, subject: &str) -> Self {
+        Self { kind, step, host: host.to_owned(), subject: subject.to_owned(), source: None }
+    }
+
+    pub(super) fn caused_by(mut self, source: impl std::error::Error + Send + Sync + 'static) -> Self {
+        self.source = Some(Box::new(source));
+        self
+    }
+
+    /// The same failure, of a manifest that another manifest names.
+    #[must_use]
+    pub(crate) fn of_child(mut self) -> Self {
+        if self.step == Step::GetManifest {
+            self.step = Step::GetChild;
+        }
+        self
+    }
+
+    /// The HTTP status, where there was an answer.
+    #[must_use]
+    pub fn status(&self) -> Option<StatusCode> {
+        match &self.kind {
+            ErrorKind::Status { status, .. } => Some(*status),
+            _ => None,
+        }
+    }
+
+    /// The OCI error code, where there was one.
+    #[must_use]
+    pub fn code(&self) -> Option<&str> {
+        match &self.kind {
+            ErrorKind::Status { code, .. } => code.as_deref(),
+            _ => None,
+        }
+    }
+
+    /// Whether the content asked for is simply not there.
+    #[must_use]
+    pub fn is_not_found(&self) -> bool {
+        self.status() == Some(StatusCode::NOT_FOUND)
+    }
+
+    /// Whether the upload session is gone and a new one may do.
+    #[must_use]
+    pub fn is_lost_session(&self) -> bool {
+        let lost_code = matches!(self.code(), Some("BLOB_UPLOAD_UNKNOWN" | "BLOB_UPLOAD_INVALID"));
+        self.step == Step::PutBlob
+            && (lost_code || matches!(self.status(), Some(StatusCode::NOT_FOUND | StatusCode::RANGE_NOT_SATISFIABLE)))
+    }
+
+    /// Whether the same exchange may succeed when it is repeated soon.
+    #[must_use]
+    pub fn is_retryable(&self) -> bool {
+        match &self.kind {
+            ErrorKind::Connect | ErrorKind::TimedOut | ErrorKind::Interrupted => true,
+            ErrorKind::Status { status, code, .. } => {
+                let about_manifest = code.as_deref().is_some_and(|code| code.starts_with("MANIFEST_"));
+                let refused_form = status.is_server_error() && about_manifest;
+                let full = *status == StatusCode::INSUFFICIENT_STORAGE;
+                (status.is_server_error() && !refused_form && !full)
+                    || matches!(status.as_u16(), 408 | 429 | 499)
+                    || self.is_lost_session()
+            }
+            _ => false,
+        }
+    }
+
+    /// The reason that users see.
+    #[must_use]
+    pub fn reason(&self, side: Side) -> Reason {
+        let unavailable = match side {
+            Side::Source => Reason::SourceUnavailable,
+            Side::Target => Reason::TargetUnavailable,
+        };
+        match &self.kind {
+            ErrorKind::Tls => Reason::CertificateInvalid,
+            ErrorKind::Connect | ErrorKind::TimedOut | ErrorKind::Interrupted | ErrorKind::LeadershipLost => {
+                unavailable
+            }
+            ErrorKind::RealmRefused(_) | ErrorKind::RedirectRefused(_) | ErrorKind::LocationRefused(_) => {
+                Reason::Blocked
+            }
+            ErrorKind::TooLarge(_) => Reason::ManifestRefused,
+            ErrorKind::Integrity(_) => Reason::IntegrityError,
+            ErrorKind::Malformed(_) => unavailable,
+            ErrorKind::Setup(_) => Reason::CertificateInvalid,
+            ErrorKind::Status { status, code, .. } => self.status_reason(*status, code.as_deref(), side, unavailable),
+        }
+    }
+
+    fn status_reason(&self, status: StatusCode, code: Option<&str>, side: Side, unavailable: Reason) -> Reason {
+        let absent = match (side, self.step) {
+            (Side::Source, Step::GetBlob | Step::GetChild) => Reason::SourceIncomplete,
+            (Side::Source, _) => Reason::SourceNotFound,
+            (Side::Target, _) => Reason::RepositoryMissing,
+        };
+        match (self.step, code, status.as_u16()) {
+            // A quota of the registry, without a time after which it is over.
+            (_, Some("QUOTA_EXCEEDED"), _) | (_, _, 507) => Reason::QuotaExceeded,
+            (_, Some("TOOMANYREQUESTS"), _) | (_, _, 429) => Reason::RateLimited,
+            (Step::Token, _, 400 | 401 | 403) | (_, Some("UNAUTHORIZED"), _) | (_, _, 401) => {
+                Reason::AuthenticationFailed
+            }
+            (Step::PutManifest, Some("TAG_INVALID"), _) => Reason::TagImmutable,
+            (Step::PutManifest, _, 409) => Reason::TagImmutable,
+            (_, Some("DENIED"), _) | (_, _, 403) => Reason::PermissionDenied,
+            (_, Some("NAME_UNKNOWN"), _) => match side {
+                Side::Source => Reason::SourceNotFound,
+                Side::Target => Reason::RepositoryMissing,
+            },
+            (_, Some("DIGEST_INVALID" | "SIZE_INVALID"), _) => Reason::IntegrityError,
+            (Step::PutManifest, Some("MANIFEST_BLOB_UNKNOWN"), _) => unavailable,
+            (_, Some("MANIFEST_INVALID" | "MANIFEST_UNVERIFIED" | "UNSUPPORTED"), _) => Reason::ManifestRefused,
+            (Step::PutManifest, _, 400 | 405 | 413 | 415 | 422) => Reason::ManifestRefused,
+            (_, _, 404) => absent,
+            _ => unavailable,
+        }
+    }
+}
+
+impl fmt::Display for Step {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Token => "getting a token for",
+            Self::HeadManifest => "looking up",
+            Self::GetManifest | Self::GetChild => "reading the manifest of",
+            Self::HeadBlob => "looking up blob",
+            Self::GetBlob => "reading blob",
+            Self::StartUpload => "starting the upload of",
+            Self::PutBlob => "uploading",
+            Self::CancelUpload => "cancelling the upload of",
+            Self::PutManifest => "writing the manifest of",
+        })
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {} at {}: {}", self.step, self.subject, self.host, self.kind)?;
+        if let Some(source) = &self.source {
+            write!(f, " ({})", innermost(source.as_ref()))?;
+        }
+        Ok(())
+    }
+}
+
+/// The last of a chain of causes: the one that says something, such as "connection refused".
+fn innermost(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut last = error;
+    while let Some(source) = last.source() {
+        last = source;
+    }
+    clean(&last.to_string())
+}
+
+impl fmt::Display for ErrorKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Connect => f.write_str("no connection"),
+            Self::Tls => f.write_str("the certificate is not trusted"),
+            Self::TimedOut => f.write_str("no answer in time"),
+            Self::Interrupted => f.write_str("the connection broke"),
+            Self::Status { status, code, message, credential, .. } => {
+                write!(f, "{}", status.as_u16())?;
+                if let Some(code) = code {
+                    write!(f, " {code}")?;
+                }
+                if let Some(message) = message {
+                    write!(f, ", {message}")?;
+                }
+                match (credential, status.as_u16()) {
+                    (Some(origin), _) => write!(f, " with the credential of {origin}"),
+                    (None, 401 | 403) => f.write_str(" without a credential, as none matches"),
+                    (None, _) => Ok(()),
+                }
+            }
+            Self::RealmRefused(host) => write!(
+                f,
+                "it sends logins to {host}, which is not of its domain; allow it with authHosts in the operator's configuration"
+            ),
+            Self::RedirectRefused(why) => write!(f, "a redirect was refused: {why}"),
+            Self::LocationRefused(host) => write!(f, "it wants the upload sent to {host}, another host"),
+            Self::TooLarge(limit) => write!(f, "the answer is larger than {limit} bytes"),
+            Self::Integrity(what) => f.write_str(what),
+            Self::Malformed(what) => write!(f, "an answer that the protocol does not allow: {what}"),
+            Self::Setup(what) => f.write_str(what),
+            Self::LeadershipLost => f.write_str("this replica may no longer be the leader"),
+        }
+    }
+}
+
+#[derive(Deserialize)]
+struct Envelope {
+    errors: Vec<EnvelopeError>,
+}
+
+#[derive(Deserialize)]
+struct EnvelopeError {
+    code: Option<String>,
+    message: Option<String>,
+}
+
+/// The first code and message of an error body (distribution-spec, "Error Codes"). Other bodies say nothing.
+pub(super) fn parse_envelope(body: &[u8]) -> (Option<String>, Option<String>) {
+    let Ok(Envelope { errors }) = serde_json::from_slice(body) else { return (None, None) };
+    let Some(first) = errors.into_iter().next() else { return (None, None) };
+    let is_code = |code: &String| code.len() <= 64 && code.bytes().all(|b| b.is_ascii_uppercase() || b == b'_');
+    let message = first.message.map(|message| clean(&message)).filter(|message| !message.is_empty());
+    (first.code.filter(is_code), message)
+}
+
+/// At most 256 characters, none of them control characters, and no query strings.
+fn clean(text: &str) -> String {
+    let printable = text.chars().map(|c| if c.is_control() { ' ' } else { c });
+    let words: String = printable.collect();
+    let without_queries = words.split(' ').map(|word| word.split_once('?').map_or(word, |(before, _)| before));
+    without_queries.filter(|word| !word.is_empty()).collect::<Vec<_>>().join(" ").chars().take(256).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn answer(step: Step, status: u16, code: Option<&str>) -> Error {
+        let kind = ErrorKind::Status {
+            status: StatusCode::from_u16(status).unwrap(),
+            code: code.map(Into::into),
+            message: None,
+            retry_after: None,
+            credential: None,
+        };
+        Error::new(kind, step, "r.example", "a:1")
+    }
+
+    #[test]
+    fn every_answer_has_one_reason_and_one_retry() {
+        use Side::{Source, Target};
+        for (step, status, code, side, reason, retryable) in [
+            (Step::GetManifest, 404, Some("MANIFEST_UNKNOWN"), Source, Reason::SourceNotFound, false),
+            (Step::GetManifest, 404, Some("NAME_UNKNOWN"), Source, Reason::SourceNotFound, false),
+            (Step::GetBlob, 404, Some("BLOB_UNKNOWN"), Source, Reason::SourceIncomplete, false),
+            (Step::StartUpload, 404, Some("NAME_UNKNOWN"), Target, Reason::RepositoryMissing, false),
+            (Step::GetManifest, 401, Some("UNAUTHORIZED"), Source, Reason::AuthenticationFailed, false),
+            (Step::Token, 401, None, Target, Reason::AuthenticationFailed, false),
+            (Step::GetManifest, 403, Some("DENIED"), Source, Reason::PermissionDenied, false),
+            (Step::PutManifest, 500, Some("MANIFEST_INVALID"), Target, Reason::ManifestRefused, false),
+            (Step::PutManifest, 400, None, Target, Reason::ManifestRefused, false),
+            (Step::PutManifest, 409, None, Target, Reason::TagImmutable, false),
+            (Step::PutBlob, 400, Some("BLOB_UPLOAD_UNKNOWN"), Target, Reason::TargetUnavailable, true),
+            (Step::PutBlob, 400, Some("DIGEST_INVALID"), Target, Reason::IntegrityError, false),
+            (Step::GetBlob, 503, None, Source, Reason::SourceUnavailable, true),
+            (Step::GetBlob, 429, Some("TOOMANYREQUESTS"), Source, Reason::RateLimited, true),
+            (Step::PutBlob, 507, None, Target, Reason::QuotaExceeded, false),
+            (Step::PutBlob, 500, None, Target, Reason::TargetUnavailable, true),
+        ] {
+            let error = answer(step, status, code);
+            assert_eq!(error.reason(side), reason, "{error}");
+            assert_eq!(error.is_retryable(), retryable, "{error}");
+        }
+    }
+
+    #[test]
+    fn messages_carry_no_query_and_no_control_characters() {
+        let body = br#"{"errors":[{"code":"DENIED","message":"no\naccess to https://x/y?token=hunter2 here"}]}"#;
+        let (code, message) = parse_envelope(body);
+        assert_eq!(code.as_deref(), Some("DENIED"));
+        assert_eq!(message.as_deref(), Some("no access to https://x/y here"));
+        assert_eq!(parse_envelope(b"<html>secret</html>"), (None, None));
+    }
+
+    #[test]
+    fn an_error_says_what_happened_and_where() {
+        let error = answer(Step::GetManifest, 404, Some("MANIFEST_UNKNOWN"));
+        assert_eq!(error.to_string(), "reading the manifest of a:1 at r.example: 404 MANIFEST_UNKNOWN");
+    }
+}

@@ -1,0 +1,348 @@
+//! A handle on one repository: manifests and blobs, read and written.
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicUsize, Ordering},
+};
+
+use bytes::Bytes;
+use futures::StreamExt as _;
+use http::{
+    HeaderValue, Method, StatusCode,
+    header::{ACCEPT as ACCEPT_HEADER, ACCEPT_ENCODING, CONTENT_ENCODING, CONTENT_RANGE, CONTENT_TYPE, RANGE},
+};
+use tokio::time::timeout;
+use url::Url;
+
+use super::{
+    body::BlobStream,
+    client::Client,
+    error::{Error, ErrorKind, Step},
+    send::{Request, Response, host_of, transport_error},
+    transport::{Transport, TransportError},
+};
+use crate::{
+    auth::{Credential, CredentialStore, Scope},
+    oci::{ACCEPT, Descriptor, Digest, Host, RawManifest, RepositoryName, Tag},
+};
+
+/// Manifests are read this far (distribution-spec: registries should accept 4 MiB).
+const MAX_MANIFEST: u64 = 4 << 20;
+const CONTENT_DIGEST: &str = "docker-content-digest";
+
+/// How a registry is reached, and with which credentials.
+#[derive(Clone, Debug)]
+pub struct Access {
+    /// The registry.
+    pub host: Host,
+    /// TLS and its certificates.
+    pub transport: Transport,
+    /// The credentials that may match.
+    pub credentials: CredentialStore,
+}
+
+/// One repository at one registry. Cheap to clone; what is learned of credentials is shared by the clones.
+#[derive(Clone)]
+pub struct Repository {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    client: Client,
+    http: reqwest::Client,
+    host: Host,
+    plain_http: bool,
+    registry_key: String,
+    name: RepositoryName,
+    scope: Scope,
+    base: Url,
+    credentials: Vec<Arc<Credential>>,
+    chosen: AtomicUsize,
+}
+
+impl Repository {
+    /// A handle for reading.
+    pub fn for_pull(client: &Client, access: &Access, name: RepositoryName) -> Result<Self, Error> {
+        let scope = Scope::Pull(name.clone());
+        Self::new(client, access, name, scope)
+    }
+
+    /// A handle for reading and writing.
+    pub fn for_push(client: &Client, access: &Access, name: RepositoryName) -> Result<Self, Error> {
+        let scope = Scope::PullPush(name.clone());
+        Self::new(client, access, name, scope)
+    }
+
+    fn new(client: &Client, access: &Access, name: RepositoryName, scope: Scope) -> Result<Self, Error> {
+        let setup =
+            |what: String| Error::new(ErrorKind::Setup(what), Step::HeadManifest, access.host.as_str(), name.as_str());
+        let http = client.http(&access.transport).map_err(|error: TransportError| setup(error.to_string()))?;
+        let scheme = if access.transport.plain_http { "http" } else { "https" };
+        let base = Url::parse(&format!("{scheme}://{}/v2/", access.host.endpoint()))
+            .map_err(|_| setup("the host does not make a URL".into()))?;
+        let inner = Inner {
+            client: client.clone(),
+            http,
+            host: access.host.clone(),
+            plain_http: access.transport.plain_http,
+            registry_key: format!("{} {}", access.host, access.transport.fingerprint()),
+            credentials: access.credentials.matching(&access.host, &name),
+            name,
+            scope,
+            base,
+            chosen: AtomicUsize::new(0),
+        };
+        Ok(Self { inner: Arc::new(inner) })
+    }
+
+    /// The registry.
+    #[must_use]
+    pub fn host(&self) -> &Host {
+        &self.inner.host
+    }
+
+    /// The repository's name.
+    #[must_use]
+    pub fn name(&self) -> &RepositoryName {
+        &self.inner.name
+    }
+
+    /// The client behind this handle.
+    #[must_use]
+    pub fn client(&self) -> &Client {
+        &self.inner.client
+    }
+
+    /// The host as it is dialled, by which limits are shared.
+    pub(crate) fn endpoint(&self) -> String {
+        host_of(&self.inner.base)
+    }
+
+    /// The digest of a tag or digest; `None` if it does not exist.
+    pub async fn head(&self, reference: &str) -> Result<Option<Digest>, Error> {
+        let mut request = self.manifest_request(Step::HeadManifest, Method::HEAD, reference)?;
+        request.headers.insert(ACCEPT_HEADER, HeaderValue::from_static(ACCEPT));
+        let response = match self.execute(&request).await {
+            Err(error) if error.is_not_found() => return Ok(None),
+            other => other?,
+        };
+        match content_digest(&response) {
+            Some(digest) => Ok(Some(digest)),
+            // Old registries send no digest with HEAD.
+            None => self.manifest(reference).await.map(|manifest| Some(manifest.digest)),
+        }
+    }
+
+    /// The manifest of a tag or digest, its bytes checked against the digest that was asked for or promised.
+    pub async fn manifest(&self, reference: &str) -> Result<RawManifest, Error> {
+        let mut request = self.manifest_request(Step::GetManifest, Method::GET, reference)?;
+        request.headers.insert(ACCEPT_HEADER, HeaderValue::from_static(ACCEPT));
+        let response = self.execute(&request).await?;
+        let asked: Option<Digest> = reference.parse().ok();
+        let promised = content_digest(&response);
+        let content_type = response.inner.headers().get(CONTENT_TYPE).and_then(|value| value.to_str().ok());
+        let media_type = content_type.unwrap_or_default().split(';').next().unwrap_or_default().trim().to_owned();
+        let bytes = self.read_body(response, MAX_MANIFEST, request.step, &request.subject).await?;
+        let expected = asked.as_ref().or(promised.as_ref());
+        let digest = expected.map_or_else(|| Digest::sha256(&bytes), |d| Digest::of(d.algorithm(), &bytes));
+        if expected.is_some_and(|expected| *expected != digest) {
+            let what = format!("the bytes received have the digest {digest}");
+            return Err(self.error(ErrorKind::Integrity(what), &request));
+        }
+        Ok(RawManifest { bytes, media_type, digest })
+    }
+
+    /// Writes a manifest by its digest or under a tag. Idempotent.
+    pub async fn put_manifest(&self, reference: &str, manifest: &RawManifest) -> Result<(), Error> {
+        let mut request = self.manifest_request(Step::PutManifest, Method::PUT, reference)?;
+        request.body = manifest.bytes.clone();
+        let media_type = HeaderValue::from_str(&manifest.media_type)
+            .map_err(|_| self.error(ErrorKind::Malformed("the media type is not a header value".into()), &request))?;
+        request.headers.insert(CONTENT_TYPE, media_type);
+        let response = self.execute(&request).await?;
+        let stored = content_digest(&response);
+        let differs =
+            stored.is_some_and(|stored| stored.algorithm() == manifest.digest.algorithm() && stored != manifest.digest);
+        if differs {
+            let what = "the registry stored the manifest under another digest".to_owned();
+            return Err(self.error(ErrorKind::Integrity(what), &request));
+        }
+        Ok(())
+    }
+
+    /// Moves a tag. The write ends, one way or the other, within [`Timing::tag_write`](super::Timing::tag_write): if no answer comes in that
+    /// time the outcome is unknown and the tag is looked at.
+    pub async fn put_tag(&self, tag: &Tag, manifest: &RawManifest) -> Result<(), Error> {
+        match timeout(self.client().timing().tag_write, self.put_manifest(tag.as_str(), manifest)).await {
+            Ok(result) => result,
+            Err(_) if self.head(tag.as_str()).await?.as_ref() == Some(&manifest.digest) => Ok(()),
+            Err(_) => {
+                let request = self.manifest_request(Step::PutManifest, Method::PUT, tag.as_str())?;
+                Err(self.error(ErrorKind::TimedOut, &request))
+            }
+        }
+    }
+
+    /// Whether a blob exists here.
+    pub async fn has_blob(&self, digest: &Digest) -> Result<bool, Error> {
+        let request = self.blob_request(Step::HeadBlob, Method::HEAD, digest)?;
+        match self.execute(&request).await {
+            Ok(_) => Ok(true),
+            Err(error) if error.is_not_found() => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The bytes of a blob from `offset` on, and the size of the whole. The stream fails after
+    /// [`Timing::idle`](super::Timing::idle) without a byte. Nothing is hashed here.
+    pub async fn blob(&self, descriptor: &Descriptor, offset: u64) -> Result<(u64, BlobStream), Error> {
+        let mut request = self.blob_request(Step::GetBlob, Method::GET, &descriptor.digest)?;
+        request.headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
+        if offset > 0 {
+            let range = HeaderValue::from_str(&format!("bytes={offset}-"));
+            request
+                .headers
+                .insert(RANGE, range.map_err(|_| self.error(ErrorKind::Malformed("range".into()), &request))?);
+        }
+        let response = self.execute(&request).await?;
+        let (total, skip) = self.check_range(&request, &response, offset)?;
+        let integrity = |what: String| self.error(ErrorKind::Integrity(what), &request);
+        if response.inner.headers().get(CONTENT_ENCODING).is_some_and(|encoding| encoding != "identity") {
+            return Err(integrity("the registry encoded the blob although it was asked not to".into()));
+        }
+        if descriptor.size != Descriptor::UNKNOWN_SIZE && total != descriptor.size {
+            let what = format!("the blob has {total} bytes where the manifest says {}", descriptor.size);
+            return Err(integrity(what));
+        }
+        Ok((total, self.stream(response, request.subject, skip)))
+    }
+
+    /// The size of the whole blob, and how many bytes of this answer to leave out because the range was ignored.
+    fn check_range(&self, request: &Request, response: &Response, offset: u64) -> Result<(u64, u64), Error> {
+        let malformed = |what: &str| self.error(ErrorKind::Malformed(what.to_owned()), request);
+        if response.inner.status() != StatusCode::PARTIAL_CONTENT {
+            let length = response.inner.content_length().ok_or_else(|| malformed("no Content-Length"))?;
+            return Ok((length, offset));
+        }
+        let header = response.inner.headers().get(CONTENT_RANGE).and_then(|value| value.to_str().ok());
+        let (start, total) = header.and_then(parse_content_range).ok_or_else(|| malformed("no valid Content-Range"))?;
+        if start != offset {
+            return Err(malformed("another range than was asked for"));
+        }
+        Ok((total, 0))
+    }
+
+    fn stream(&self, response: Response, subject: String, skip: u64) -> BlobStream {
+        let idle = self.client().timing().idle;
+        let host = host_of(response.inner.url());
+        futures::stream::try_unfold((response, skip), move |(mut response, mut skip)| {
+            let (host, subject) = (host.clone(), subject.clone());
+            async move {
+                loop {
+                    let chunk = match timeout(idle, response.inner.chunk()).await {
+                        Err(_) => return Err(Error::new(ErrorKind::TimedOut, Step::GetBlob, &host, &subject)),
+                        Ok(Err(error)) => return Err(transport_error(error, Step::GetBlob, &host, &subject)),
+                        Ok(Ok(None)) => return Ok(None),
+                        Ok(Ok(Some(chunk))) => chunk,
+                    };
+                    let dropped = skip.min(chunk.len() as u64);
+                    skip -= dropped;
+                    let kept: Bytes = chunk.slice(usize::try_from(dropped).unwrap_or(chunk.len())..);
+                    if !kept.is_empty() {
+                        return Ok(Some((kept, (response, skip))));
+                    }
+                }
+            }
+        })
+        .boxed()
+    }
+
+    /// The failure of a blob whose bytes are not what was promised.
+    pub(crate) fn corrupt(&self, descriptor: &Descriptor, what: &str) -> Error {
+        let subject = format!("{}@{}", self.name(), descriptor.digest);
+        Error::new(ErrorKind::Integrity(what.to_owned()), Step::GetBlob, self.host().as_str(), &subject)
+    }
+
+    /// The failure of a tag that may not be written any more.
+    pub(crate) fn leadership_lost(&self, tag: &Tag) -> Error {
+        let subject = format!("{}:{tag}", self.name());
+        Error::new(ErrorKind::LeadershipLost, Step::PutManifest, self.host().as_str(), &subject)
+    }
+
+    pub(super) fn url(&self, path: &str) -> Result<Url, Error> {
+        let path = format!("{}/{path}", self.inner.name);
+        self.inner.base.join(&path).map_err(|error| {
+            Error::new(ErrorKind::Setup("not a URL".into()), Step::HeadManifest, self.host().as_str(), &path)
+                .caused_by(error)
+        })
+    }
+
+    fn manifest_request(&self, step: Step, method: Method, reference: &str) -> Result<Request, Error> {
+        let separator = if reference.contains(':') { '@' } else { ':' };
+        let url = self.url(&format!("manifests/{reference}"))?;
+        Ok(Request::new(step, method, url, format!("{}{separator}{reference}", self.inner.name)))
+    }
+
+    fn blob_request(&self, step: Step, method: Method, digest: &Digest) -> Result<Request, Error> {
+        let url = self.url(&format!("blobs/{digest}"))?;
+        Ok(Request::new(step, method, url, format!("{}@{digest}", self.inner.name)))
+    }
+
+    pub(super) fn http(&self) -> &reqwest::Client {
+        &self.inner.http
+    }
+
+    pub(super) fn registry_key(&self) -> &str {
+        &self.inner.registry_key
+    }
+
+    pub(super) fn scope(&self) -> &Scope {
+        &self.inner.scope
+    }
+
+    pub(super) fn is_plain_http(&self) -> bool {
+        self.inner.plain_http
+    }
+
+    pub(super) fn chosen(&self) -> &AtomicUsize {
+        &self.inner.chosen
+    }
+
+    pub(super) fn credential(&self, index: usize) -> Option<&Arc<Credential>> {
+        self.inner.credentials.get(index)
+    }
+
+    /// Goes on to the credential after `index`, for everybody. False if there is none.
+    pub(super) fn choose_next(&self, index: usize) -> bool {
+        if index + 1 >= self.inner.credentials.len() {
+            return false;
+        }
+        let _ = self.chosen().compare_exchange(index, index + 1, Ordering::Relaxed, Ordering::Relaxed);
+        true
+    }
+}
+
+fn content_digest(response: &Response) -> Option<Digest> {
+    response.inner.headers().get(CONTENT_DIGEST)?.to_str().ok()?.parse().ok()
+}
+
+/// Start and total of `bytes start-end/total` (RFC 9110, section 14.4).
+fn parse_content_range(header: &str) -> Option<(u64, u64)> {
+    let (range, total) = header.strip_prefix("bytes ")?.split_once('/')?;
+    let (start, end) = range.split_once('-')?;
+    let (start, end, total): (u64, u64, u64) = (start.parse().ok()?, end.parse().ok()?, total.parse().ok()?);
+    (start <= end && end + 1 == total).then_some((start, total))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn content_ranges_must_reach_to_the_end() {
+        assert_eq!(parse_content_range("bytes 5-9/10"), Some((5, 10)));
+        for bad in ["", "bytes 5-9/*", "bytes 5-8/10", "bytes 9-5/10", "5-9/10", "bytes */10"] {
+            assert_eq!(parse_content_range(bad), None, "{bad}");
+        }
+    }
+}

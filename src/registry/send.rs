@@ -1,0 +1,419 @@
+//! One exchange with a registry: credentials, redirects, deadlines, limits of the host, and repetition.
+//!
+//! A request takes the gate and a permit of the host, goes out with what the host is known to ask for, answers a 401
+//! with a fresh token once and then with the next credential that matches, follows redirects by hand, and is repeated
+//! with full jitter when the failure is one that passes.
+
+use std::{sync::atomic::Ordering, time::Duration};
+
+use bytes::{Bytes, BytesMut};
+use http::{
+    HeaderMap, HeaderValue, Method, StatusCode,
+    header::{AUTHORIZATION, CONTENT_LENGTH, LOCATION, RETRY_AFTER, WWW_AUTHENTICATE},
+};
+use secrecy::{ExposeSecret, SecretString};
+use tokio::{sync::OwnedSemaphorePermit, time::timeout};
+use url::Url;
+
+use super::{
+    error::{Error, ErrorKind, Step, parse_envelope},
+    repository::Repository,
+};
+use crate::auth::{Challenge, Token, TokenKey, realm_is_trusted};
+
+/// Repetitions of a request, the first one aside.
+const MAX_RETRIES: u32 = 4;
+const MAX_REDIRECTS: u32 = 5;
+/// Error bodies and token answers are read this far.
+const MAX_SMALL_BODY: u64 = 64 << 10;
+/// A host that wants to be left alone for longer than this is not waited for inside a run.
+const LONGEST_WAIT: Duration = Duration::from_mins(1);
+
+/// A request that can be sent again.
+#[derive(Clone)]
+pub(super) struct Request {
+    pub(super) step: Step,
+    pub(super) method: Method,
+    pub(super) url: Url,
+    /// What it is about, for messages.
+    pub(super) subject: String,
+    pub(super) headers: HeaderMap,
+    pub(super) body: Bytes,
+}
+
+impl Request {
+    pub(super) fn new(step: Step, method: Method, url: Url, subject: impl Into<String>) -> Self {
+        Self { step, method, url, subject: subject.into(), headers: HeaderMap::new(), body: Bytes::new() }
+    }
+}
+
+/// An answer whose body has not been read. It holds its place among the host's requests until it is dropped.
+pub(super) struct Response {
+    pub(super) inner: reqwest::Response,
+    pub(super) permit: Option<OwnedSemaphorePermit>,
+}
+
+/// What a request was authorised with.
+pub(super) enum Authorization {
+    Nothing,
+    Basic(SecretString),
+    Token(Token),
+}
+
+impl Authorization {
+    pub(super) fn header(&self) -> Option<HeaderValue> {
+        let value = match self {
+            Self::Nothing => return None,
+            Self::Basic(value) => value.clone(),
+            Self::Token(token) => token.bearer(),
+        };
+        let mut header = HeaderValue::from_str(value.expose_secret()).ok()?;
+        header.set_sensitive(true);
+        Some(header)
+    }
+}
+
+impl Repository {
+    /// Sends a request until it succeeds or there is no point in repeating it.
+    pub(super) async fn execute(&self, request: &Request) -> Result<Response, Error> {
+        let mut retries = 0;
+        loop {
+            let error = match self.execute_once(request).await {
+                Ok(response) => return Ok(response),
+                Err(error) => error,
+            };
+            if retries == MAX_RETRIES || !error.is_retryable() || self.is_closed_for_long(&error) {
+                return Err(error);
+            }
+            tracing::debug!(%error, retries, "repeating a request");
+            self.back_off(retries).await;
+            retries += 1;
+        }
+    }
+
+    /// Waits between repetitions: full jitter below a bound that doubles.
+    pub(crate) async fn back_off(&self, retries: u32) {
+        let timing = self.client().timing();
+        let bound = timing.backoff_first.saturating_mul(1 << retries.min(16)).min(timing.backoff_max);
+        tokio::time::sleep(bound.mul_f64(fastrand::f64())).await;
+    }
+
+    fn is_closed_for_long(&self, error: &Error) -> bool {
+        let closed_for = self.client().limits(&error.host).closed_for();
+        closed_for.is_some_and(|pause| pause > LONGEST_WAIT)
+    }
+
+    async fn execute_once(&self, request: &Request) -> Result<Response, Error> {
+        let mut refused: Option<Token> = None;
+        loop {
+            let index = self.chosen().load(Ordering::Relaxed);
+            let authorization = match self.authorization(index, refused.as_ref(), &request.subject).await {
+                Ok(authorization) => authorization,
+                Err(error) if is_refusal(error.status()) && self.choose_next(index) => continue,
+                Err(error) => return Err(error),
+            };
+            let response = self.follow(request, &authorization).await?;
+            let status = response.inner.status();
+            if status.is_success() {
+                return Ok(response);
+            }
+            let learned = status == StatusCode::UNAUTHORIZED && self.learn_challenges(&response);
+            let scope_refused = scope_was_refused(&response);
+            let mut error = self.status_error(request, response).await;
+            if status == StatusCode::UNAUTHORIZED {
+                match authorization {
+                    Authorization::Token(token) if refused.is_none() => {
+                        refused = Some(token);
+                        continue;
+                    }
+                    Authorization::Nothing | Authorization::Basic(_) if learned => continue,
+                    _ => {}
+                }
+            }
+            if is_refusal(Some(status)) {
+                if self.choose_next(index) {
+                    refused = None;
+                    continue;
+                }
+                if let ErrorKind::Status { credential, message, .. } = &mut error.kind {
+                    *credential = self.credential(index).map(|credential| credential.origin().to_owned());
+                    if scope_refused {
+                        *message = Some(format!("the token server did not grant {}", self.scope()));
+                    }
+                }
+            }
+            return Err(error);
+        }
+    }
+
+    /// Sends one request and follows its redirects. Credentials stay with the first host.
+    async fn follow(&self, request: &Request, authorization: &Authorization) -> Result<Response, Error> {
+        let mut url = request.url.clone();
+        let mut redirects = 0;
+        loop {
+            let same_origin = url.origin() == request.url.origin();
+            let authorization = if same_origin { authorization.header() } else { None };
+            let response = self.dispatch(request, url.clone(), authorization).await?;
+            if !response.inner.status().is_redirection() {
+                return Ok(response);
+            }
+            let refuse = |why: &str| self.error(ErrorKind::RedirectRefused(why.to_owned()), request);
+            if request.method != Method::GET && request.method != Method::HEAD {
+                return Err(refuse("a write is not redirected"));
+            }
+            redirects += 1;
+            if redirects > MAX_REDIRECTS {
+                return Err(refuse("more than 5 in a row"));
+            }
+            let location = response.inner.headers().get(LOCATION).and_then(|value| value.to_str().ok());
+            let next =
+                location.and_then(|location| url.join(location).ok()).ok_or_else(|| refuse("no valid Location"))?;
+            if next.scheme() != "https" && next.scheme() != url.scheme() {
+                return Err(refuse("it leads from HTTPS to plain HTTP"));
+            }
+            url = next;
+        }
+    }
+
+    async fn dispatch(
+        &self,
+        request: &Request,
+        url: Url,
+        authorization: Option<HeaderValue>,
+    ) -> Result<Response, Error> {
+        let host = host_of(&url);
+        let permit = self.client().limits(&host).request().await;
+        let mut built = reqwest::Request::new(request.method.clone(), url);
+        *built.headers_mut() = request.headers.clone();
+        if let Some(value) = authorization {
+            built.headers_mut().insert(AUTHORIZATION, value);
+        }
+        let writes = request.method == Method::POST || request.method == Method::PUT;
+        if writes {
+            built.headers_mut().insert(CONTENT_LENGTH, HeaderValue::from(request.body.len()));
+            *built.body_mut() = Some(request.body.clone().into());
+        }
+        let answer = timeout(self.client().timing().head, self.http().execute(built)).await;
+        let inner = match answer {
+            Err(_) => return Err(Error::new(ErrorKind::TimedOut, request.step, &host, &request.subject)),
+            Ok(Err(error)) => return Err(transport_error(error, request.step, &host, &request.subject)),
+            Ok(Ok(inner)) => inner,
+        };
+        self.respect_pause(&inner, &host);
+        Ok(Response { inner, permit })
+    }
+
+    /// Closes the host for everybody in the process where it asks for that.
+    pub(super) fn respect_pause(&self, response: &reqwest::Response, host: &str) {
+        let status = response.status();
+        if status != StatusCode::TOO_MANY_REQUESTS && status != StatusCode::SERVICE_UNAVAILABLE {
+            return;
+        }
+        if let Some(pause) = retry_after(response.headers()) {
+            self.client().limits(host).close_for(pause);
+        }
+    }
+
+    /// What to send with a request, by what the host is known to ask for.
+    pub(super) async fn authorization(
+        &self,
+        index: usize,
+        refused: Option<&Token>,
+        subject: &str,
+    ) -> Result<Authorization, Error> {
+        let challenges = self.client().challenges(self.registry_key());
+        let bearer = challenges.iter().find(|challenge| matches!(challenge, Challenge::Bearer { .. }));
+        if let Some(Challenge::Bearer { realm, service, .. }) = bearer {
+            let key = TokenKey {
+                registry: self.registry_key().to_owned(),
+                credential: self.credential(index).map(|credential| credential.fingerprint().clone()),
+                scope: self.scope().clone(),
+            };
+            let fetch = || self.fetch_token(realm, service.as_deref(), index, subject);
+            return self.client().tokens().get(key, refused, fetch).await.map(Authorization::Token);
+        }
+        let basic = challenges.contains(&Challenge::Basic);
+        Ok(match self.credential(index).filter(|_| basic) {
+            Some(credential) => Authorization::Basic(credential.basic()),
+            None => Authorization::Nothing,
+        })
+    }
+
+    async fn fetch_token(
+        &self,
+        realm: &str,
+        service: Option<&str>,
+        index: usize,
+        subject: &str,
+    ) -> Result<Token, Error> {
+        let fail = |kind, host: &str| Error::new(kind, Step::Token, host, subject);
+        let registry = self.host();
+        let mut url = Url::parse(realm)
+            .map_err(|_| fail(ErrorKind::Malformed("the realm is not a URL".into()), registry.as_str()))?;
+        let host = host_of(&url);
+        if !realm_is_trusted(registry, self.is_plain_http(), &url, self.client().auth_hosts(registry)) {
+            return Err(fail(ErrorKind::RealmRefused(host), registry.as_str()));
+        }
+        url.query_pairs_mut()
+            .extend_pairs(service.map(|service| ("service", service)))
+            .append_pair("scope", &self.scope().to_string());
+        let authorization = self.credential(index).map_or(Authorization::Nothing, |c| Authorization::Basic(c.basic()));
+        let request = Request::new(Step::Token, Method::GET, url.clone(), subject);
+        let response = self.dispatch(&request, url, authorization.header()).await?;
+        if !response.inner.status().is_success() {
+            let mut error = self.status_error(&request, response).await;
+            if let ErrorKind::Status { credential, .. } = &mut error.kind {
+                *credential = self.credential(index).map(|credential| credential.origin().to_owned());
+            }
+            error.host = host;
+            return Err(error);
+        }
+        let body = self.read_body(response, MAX_SMALL_BODY, Step::Token, subject).await?;
+        Token::from_answer(&body, std::time::Instant::now())
+            .map_err(|error| fail(ErrorKind::Malformed("it holds no token".into()), &host).caused_by(error))
+    }
+
+    /// Remembers what the host asks for. True if that is news.
+    fn learn_challenges(&self, response: &Response) -> bool {
+        let headers = response.inner.headers().get_all(WWW_AUTHENTICATE);
+        let found: Vec<Challenge> = headers
+            .iter()
+            .filter_map(|value| value.to_str().ok())
+            .flat_map(Challenge::parse)
+            .map(|challenge| match challenge {
+                Challenge::Bearer { realm, service, .. } => {
+                    Challenge::Bearer { realm, service, scope: None, error: None }
+                }
+                Challenge::Basic => Challenge::Basic,
+            })
+            .collect();
+        let is_news = !found.is_empty() && found != self.client().challenges(self.registry_key());
+        if is_news {
+            self.client().remember_challenges(self.registry_key(), found);
+        }
+        is_news
+    }
+
+    pub(super) async fn status_error(&self, request: &Request, response: Response) -> Error {
+        let status = response.inner.status();
+        let retry_after = retry_after(response.inner.headers());
+        let body = self.read_body(response, MAX_SMALL_BODY, request.step, &request.subject).await.unwrap_or_default();
+        let (code, message) = parse_envelope(&body);
+        self.error(ErrorKind::Status { status, code, message, retry_after, credential: None }, request)
+    }
+
+    /// Reads a body whose kind is bounded. An answer that declares more is refused unread.
+    pub(super) async fn read_body(
+        &self,
+        response: Response,
+        limit: u64,
+        step: Step,
+        subject: &str,
+    ) -> Result<Bytes, Error> {
+        let host = host_of(response.inner.url());
+        let too_large = || Error::new(ErrorKind::TooLarge(limit), step, &host, subject);
+        let declared = response.inner.content_length().unwrap_or(0);
+        if declared > limit {
+            return Err(too_large());
+        }
+        let Response { mut inner, permit: _permit } = response;
+        let mut body = BytesMut::new();
+        loop {
+            let chunk = match timeout(self.client().timing().idle, inner.chunk()).await {
+                Err(_) => return Err(Error::new(ErrorKind::TimedOut, step, &host, subject)),
+                Ok(Err(error)) => return Err(transport_error(error, step, &host, subject)),
+                Ok(Ok(chunk)) => chunk,
+            };
+            let Some(chunk) = chunk else { return Ok(body.freeze()) };
+            if (body.len() + chunk.len()) as u64 > limit {
+                return Err(too_large());
+            }
+            body.extend_from_slice(&chunk);
+        }
+    }
+
+    pub(super) fn error(&self, kind: ErrorKind, request: &Request) -> Error {
+        Error::new(kind, request.step, self.host().as_str(), &request.subject)
+    }
+}
+
+fn is_refusal(status: Option<StatusCode>) -> bool {
+    matches!(status, Some(StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN))
+}
+
+fn scope_was_refused(response: &Response) -> bool {
+    let headers = response.inner.headers().get_all(WWW_AUTHENTICATE);
+    headers.iter().filter_map(|value| value.to_str().ok()).flat_map(Challenge::parse).any(
+        |challenge| matches!(challenge, Challenge::Bearer { error: Some(error), .. } if error == "insufficient_scope"),
+    )
+}
+
+/// `host[:port]` of a URL, as limits and messages name it.
+pub(super) fn host_of(url: &Url) -> String {
+    let host = url.host_str().unwrap_or_default();
+    url.port().map_or_else(|| host.to_owned(), |port| format!("{host}:{port}"))
+}
+
+/// `Retry-After` in both its forms (RFC 9110, section 10.2.3).
+fn retry_after(headers: &HeaderMap) -> Option<Duration> {
+    let text = headers.get(RETRY_AFTER)?.to_str().ok()?.trim();
+    if let Ok(seconds) = text.parse() {
+        return Some(Duration::from_secs(seconds));
+    }
+    let at = jiff::fmt::rfc2822::parse(text).ok()?.timestamp();
+    let wait = at.duration_since(jiff::Timestamp::now());
+    Some(wait.try_into().unwrap_or(Duration::ZERO))
+}
+
+pub(super) fn transport_error(error: reqwest::Error, step: Step, host: &str, subject: &str) -> Error {
+    let kind = match () {
+        () if is_certificate_error(&error) => ErrorKind::Tls,
+        () if error.is_connect() => ErrorKind::Connect,
+        () if error.is_timeout() => ErrorKind::TimedOut,
+        () => ErrorKind::Interrupted,
+    };
+    Error::new(kind, step, host, subject).caused_by(error.without_url())
+}
+
+/// Looks for what rustls said, which sits inside one or more `io::Error`s.
+fn is_certificate_error(error: &(dyn std::error::Error + 'static)) -> bool {
+    let mut current = Some(error);
+    while let Some(error) = current {
+        let inner = error.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref);
+        let tls = error
+            .downcast_ref::<rustls::Error>()
+            .or_else(|| inner.and_then(|inner| inner.downcast_ref::<rustls::Error>()));
+        if let Some(tls) = tls {
+            return matches!(tls, rustls::Error::InvalidCertificate(_) | rustls::Error::AlertReceived(_));
+        }
+        current = match inner {
+            Some(inner) => Some(inner),
+            None => error.source(),
+        };
+    }
+    false
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn headers(value: &'static str) -> HeaderMap {
+        HeaderMap::from_iter([(RETRY_AFTER, HeaderValue::from_static(value))])
+    }
+
+    #[test]
+    fn retry_after_is_read_as_seconds_and_as_a_date() {
+        assert_eq!(retry_after(&headers("7")), Some(Duration::from_secs(7)));
+        assert_eq!(retry_after(&headers("Wed, 21 Oct 2015 07:28:00 GMT")), Some(Duration::ZERO));
+        let future = retry_after(&headers("Wed, 21 Oct 2099 07:28:00 GMT")).unwrap();
+        assert!(future > Duration::from_hours(24));
+        assert_eq!(retry_after(&headers("soon")), None);
+    }
+
+    #[test]
+    fn hosts_of_urls_carry_their_port() {
+        assert_eq!(host_of(&Url::parse("https://a.example/v2/").unwrap()), "a.example");
+        assert_eq!(host_of(&Url::parse("http://[::1]:5000/v2/").unwrap()), "[::1]:5000");
+    }
+}

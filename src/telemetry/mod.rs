@@ -1,0 +1,5 @@
+//! What is seen of the operator from outside: logs, metrics, probes.
+
+pub mod logging;
+pub mod metrics;
+pub mod server;

@@ -1,0 +1,43 @@
+//! The `testenv` program: `testenv up -- COMMAND` runs COMMAND with a control plane and registries around it;
+//! `testenv tools` builds the programs this needs and prints their directory.
+
+use std::ffi::OsString;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// A real Kubernetes control plane and real registries for tests.
+#[derive(Parser)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Sub,
+}
+
+#[derive(Subcommand)]
+enum Sub {
+    /// Start everything, run COMMAND, stop everything; exits as COMMAND does.
+    Up {
+        #[arg(last = true, required = true)]
+        command: Vec<OsString>,
+    },
+    /// Build what is missing and print the directory of the programs.
+    Tools,
+    /// Kill what is left when the supervisor is gone.
+    #[command(hide = true)]
+    Guard,
+}
+
+fn main() -> ExitCode {
+    let result = match Arguments::parse().command {
+        Sub::Up { command } => testenv::supervisor::up(&command),
+        Sub::Tools => testenv::supervisor::tools(),
+        Sub::Guard => testenv::guard::run().map(|()| 0),
+    };
+    match result {
+        Ok(code) => ExitCode::from(code),
+        Err(error) => {
+            eprintln!("testenv: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -172,8 +172,14 @@ pub(super) fn finished(
         }
         Some(Failure { reason, message }) => {
             conditions.set(ConditionType::Ready, Status::False, reason, &message);
-            conditions.set(ConditionType::TargetInSync, Status::False, reason, &message);
-            conditions.set(ConditionType::Reconciling, Status::True, Reason::ProgressingWithRetry, &message);
+            let behind = format!("{} of {} not in step", report.failed().count(), count(report.images.len(), "image"));
+            conditions.set(ConditionType::TargetInSync, Status::False, reason, &behind);
+            conditions.set(
+                ConditionType::Reconciling,
+                Status::True,
+                Reason::ProgressingWithRetry,
+                "what failed is tried again",
+            );
         }
     }
     let failed = to_i64(report.failed().count());

@@ -2,9 +2,11 @@
 
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
+
+use tokio::sync::{Mutex as AsyncMutex, MutexGuard as AsyncMutexGuard};
 
 use super::{
     limits::HostLimits,
@@ -91,7 +93,49 @@ struct Inner {
     pools: Pools,
     tokens: TokenCache,
     limits: Mutex<HashMap<String, Arc<HostLimits>>>,
-    challenges: Mutex<HashMap<String, Vec<Challenge>>>,
+    logins: Mutex<HashMap<String, Arc<Login>>>,
+}
+
+/// How a registry wants to be logged in to, as far as it has said.
+#[derive(Default)]
+pub(super) struct Login {
+    first: AsyncMutex<()>,
+    asked: Mutex<Option<Vec<Challenge>>>,
+}
+
+impl Login {
+    /// Lets one request go ahead where nothing is known yet, so that many at once cost one 401. `None`: go ahead all.
+    pub(super) async fn first_contact(&self) -> Option<AsyncMutexGuard<'_, ()>> {
+        if self.asked().is_some() {
+            return None;
+        }
+        let guard = self.first.lock().await;
+        if self.asked().is_some() { None } else { Some(guard) }
+    }
+
+    /// What the registry asks for.
+    pub(super) fn challenges(&self) -> Vec<Challenge> {
+        self.asked().clone().unwrap_or_default()
+    }
+
+    /// There has been an exchange, which may have ended before the registry asked for anything.
+    pub(super) fn contacted(&self) {
+        self.asked().get_or_insert_default();
+    }
+
+    /// The registry has asked for this. True if that is news.
+    pub(super) fn learn(&self, challenges: Vec<Challenge>) -> bool {
+        let mut asked = self.asked();
+        let is_news = !challenges.is_empty() && asked.as_ref() != Some(&challenges);
+        if is_news {
+            *asked = Some(challenges);
+        }
+        is_news
+    }
+
+    fn asked(&self) -> MutexGuard<'_, Option<Vec<Challenge>>> {
+        self.asked.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl Client {
@@ -103,7 +147,7 @@ impl Client {
             pools: Pools::default(),
             tokens: TokenCache::default(),
             limits: Mutex::default(),
-            challenges: Mutex::default(),
+            logins: Mutex::default(),
         };
         Self { inner: Arc::new(inner) }
     }
@@ -139,18 +183,13 @@ impl Client {
         }))
     }
 
-    /// What the registry last asked for: another repository of the host then costs no 401.
-    pub(super) fn challenges(&self, registry: &str) -> Vec<Challenge> {
-        let challenges = self.inner.challenges.lock().unwrap_or_else(PoisonError::into_inner);
-        challenges.get(registry).cloned().unwrap_or_default()
-    }
-
-    pub(super) fn remember_challenges(&self, registry: &str, found: Vec<Challenge>) {
-        let mut challenges = self.inner.challenges.lock().unwrap_or_else(PoisonError::into_inner);
-        if challenges.len() >= Self::MAX_HOSTS {
-            challenges.clear();
+    /// What is known of how a registry wants to be logged in to, shared by all its repositories.
+    pub(super) fn login(&self, registry: &str) -> Arc<Login> {
+        let mut logins = self.inner.logins.lock().unwrap_or_else(PoisonError::into_inner);
+        if logins.len() >= Self::MAX_HOSTS {
+            logins.clear();
         }
-        challenges.insert(registry.to_owned(), found);
+        Arc::clone(logins.entry(registry.to_owned()).or_default())
     }
 
     /// Redirects lead to hosts that a registry chooses, so that what is kept by host needs a bound.

@@ -16,7 +16,7 @@ use url::Url;
 
 use super::{
     body::BlobStream,
-    client::Client,
+    client::{Client, Login},
     error::{Error, ErrorKind, Step},
     send::{Request, Response, host_of, transport_error},
     transport::{Transport, TransportError},
@@ -53,6 +53,7 @@ struct Inner {
     host: Host,
     plain_http: bool,
     registry_key: String,
+    login: Arc<Login>,
     name: RepositoryName,
     scope: Scope,
     base: Url,
@@ -80,12 +81,14 @@ impl Repository {
         let scheme = if access.transport.plain_http { "http" } else { "https" };
         let base = Url::parse(&format!("{scheme}://{}/v2/", access.host.endpoint()))
             .map_err(|_| setup("the host does not make a URL".into()))?;
+        let registry_key = format!("{} {}", access.host, access.transport.fingerprint());
         let inner = Inner {
             client: client.clone(),
             http,
             host: access.host.clone(),
             plain_http: access.transport.plain_http,
-            registry_key: format!("{} {}", access.host, access.transport.fingerprint()),
+            login: client.login(&registry_key),
+            registry_key,
             credentials: access.credentials.matching(&access.host, &name),
             name,
             scope,
@@ -294,6 +297,10 @@ impl Repository {
 
     pub(super) fn registry_key(&self) -> &str {
         &self.inner.registry_key
+    }
+
+    pub(super) fn login(&self) -> &Login {
+        &self.inner.login
     }
 
     pub(super) fn scope(&self) -> &Scope {

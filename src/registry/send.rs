@@ -105,19 +105,25 @@ impl Repository {
 
     async fn execute_once(&self, request: &Request) -> Result<Response, Error> {
         let mut refused: Option<Token> = None;
+        let mut was_asked = false;
+        let login = self.login();
         loop {
+            let first = login.first_contact().await;
             let index = self.chosen().load(Ordering::Relaxed);
             let authorization = match self.authorization(index, refused.as_ref(), &request.subject).await {
                 Ok(authorization) => authorization,
                 Err(error) if is_refusal(error.status()) && self.choose_next(index) => continue,
                 Err(error) => return Err(error),
             };
-            let response = self.follow(request, &authorization).await?;
+            let answer = self.follow(request, &authorization).await;
+            login.contacted();
+            let response = answer?;
             let status = response.inner.status();
+            let learned = status == StatusCode::UNAUTHORIZED && login.learn(challenges_of(&response));
+            drop(first);
             if status.is_success() {
                 return Ok(response);
             }
-            let learned = status == StatusCode::UNAUTHORIZED && self.learn_challenges(&response);
             let scope_refused = scope_was_refused(&response);
             let mut error = self.status_error(request, response).await;
             if status == StatusCode::UNAUTHORIZED {
@@ -126,7 +132,12 @@ impl Repository {
                         refused = Some(token);
                         continue;
                     }
-                    Authorization::Nothing | Authorization::Basic(_) if learned => continue,
+                    Authorization::Basic(_) if learned => continue,
+                    // What is asked for may have been learned by another request meanwhile.
+                    Authorization::Nothing if !was_asked => {
+                        was_asked = true;
+                        continue;
+                    }
                     _ => {}
                 }
             }
@@ -221,7 +232,7 @@ impl Repository {
         refused: Option<&Token>,
         subject: &str,
     ) -> Result<Authorization, Error> {
-        let challenges = self.client().challenges(self.registry_key());
+        let challenges = self.login().challenges();
         let bearer = challenges.iter().find(|challenge| matches!(challenge, Challenge::Bearer { .. }));
         if let Some(Challenge::Bearer { realm, service, .. }) = bearer {
             let key = TokenKey {
@@ -273,27 +284,6 @@ impl Repository {
             .map_err(|error| fail(ErrorKind::Malformed("it holds no token".into()), &host).caused_by(error))
     }
 
-    /// Remembers what the host asks for. True if that is news.
-    fn learn_challenges(&self, response: &Response) -> bool {
-        let headers = response.inner.headers().get_all(WWW_AUTHENTICATE);
-        let found: Vec<Challenge> = headers
-            .iter()
-            .filter_map(|value| value.to_str().ok())
-            .flat_map(Challenge::parse)
-            .map(|challenge| match challenge {
-                Challenge::Bearer { realm, service, .. } => {
-                    Challenge::Bearer { realm, service, scope: None, error: None }
-                }
-                Challenge::Basic => Challenge::Basic,
-            })
-            .collect();
-        let is_news = !found.is_empty() && found != self.client().challenges(self.registry_key());
-        if is_news {
-            self.client().remember_challenges(self.registry_key(), found);
-        }
-        is_news
-    }
-
     pub(super) async fn status_error(&self, request: &Request, response: Response) -> Error {
         let status = response.inner.status();
         let retry_after = retry_after(response.inner.headers());
@@ -339,6 +329,17 @@ impl Repository {
 
 fn is_refusal(status: Option<StatusCode>) -> bool {
     matches!(status, Some(StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN))
+}
+
+/// What a 401 asks for, without what is of this request alone.
+fn challenges_of(response: &Response) -> Vec<Challenge> {
+    let headers = response.inner.headers().get_all(WWW_AUTHENTICATE);
+    let found = headers.iter().filter_map(|value| value.to_str().ok()).flat_map(Challenge::parse);
+    let general = found.map(|challenge| match challenge {
+        Challenge::Bearer { realm, service, .. } => Challenge::Bearer { realm, service, scope: None, error: None },
+        Challenge::Basic => Challenge::Basic,
+    });
+    general.collect()
 }
 
 fn scope_was_refused(response: &Response) -> bool {

@@ -1,0 +1,12 @@
+//! The tests of the whole: the real binary against a real API server and real registries.
+//!
+//! `make test` runs them; each test owns a namespace, an operator that watches it alone, and a repository prefix, so
+//! that all run side by side. Nothing here sleeps to wait for something.
+
+mod bad_input;
+mod boundaries;
+mod engine;
+mod lifecycle;
+mod main_job;
+mod secrecy;
+mod support;

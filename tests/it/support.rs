@@ -1,0 +1,335 @@
+//! A place for one test: a namespace with the chart's RBAC, a repository prefix, and operators that watch it.
+
+use std::{
+    path::PathBuf,
+    process::{Command, Stdio},
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use imagemirror::api::{ImageMirror, ImageMirrorStatus};
+use k8s_openapi::{
+    ByteString,
+    api::core::v1::{Namespace, Secret},
+};
+use kube::{
+    Api, Client,
+    api::{Patch, PatchParams, PostParams},
+    config::{KubeConfigOptions, Kubeconfig},
+    core::ObjectMeta,
+    runtime::wait::await_condition,
+};
+use serde_json::{Value, json};
+use testenv::{Env, Process, Registry, images::Image};
+use tokio::sync::OnceCell;
+
+/// Longer than anything a test waits for should take, on a busy machine.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A place for one test.
+pub struct Place {
+    pub env: &'static Env,
+    pub client: Client,
+    pub namespace: String,
+    /// The first part of every repository that the test uses.
+    pub prefix: String,
+    kubeconfig: PathBuf,
+}
+
+/// A running operator.
+pub struct Operator {
+    pub process: Process,
+    pub log: PathBuf,
+    pub listen: String,
+}
+
+impl Place {
+    pub async fn new(test: &str) -> Result<Self> {
+        let env = Env::get();
+        // The first of the tests that run side by side installs it for all.
+        let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
+        install_crd(env).await?;
+        let suffix = format!("{:06x}", fastrand::u32(..0x100_0000));
+        let namespace = format!("{test}-{suffix}");
+        let client = admin(env).await?;
+        let metadata = ObjectMeta { name: Some(namespace.clone()), ..ObjectMeta::default() };
+        let object = Namespace { metadata, ..Namespace::default() };
+        Api::<Namespace>::all(client.clone()).create(&PostParams::default(), &object).await?;
+        install_rbac(env, &namespace)?;
+        let token = kubectl(env, &["create", "token", "imagemirror", "-n", &namespace, "--duration=1h"])?;
+        let kubeconfig = env.run_dir.join(format!("{namespace}.kubeconfig"));
+        std::fs::write(&kubeconfig, env.kubeconfig_for(token.trim()))?;
+        let place = Self { env, client, namespace, prefix: format!("{test}-{suffix}"), kubeconfig };
+        place.pull_secret("pull", &[&env.source]).await?;
+        place.pull_secret("push", &[&env.target]).await?;
+        place.secret("ca", "Opaque", &[("ca.crt", &env.ca_pem)]).await?;
+        Ok(place)
+    }
+
+    pub fn repository(&self, name: &str) -> String {
+        format!("{}/{name}", self.prefix)
+    }
+
+    /// An operator for this namespace alone, with times that suit a test.
+    pub async fn operator(&self) -> Result<Operator> {
+        self.operator_with(&json!({}), "debug").await
+    }
+
+    pub async fn operator_with(&self, timing: &Value, level: &str) -> Result<Operator> {
+        let mut times = json!({
+            "apiTimeout": "5s", "leaseDuration": "3s", "leaseRenew": "500ms", "tagWriteTimeout": "2s", "tagWriteMargin": "2200ms",
+            "retryTransientMin": "500ms", "retryTransientMax": "2s", "retryAuth": "10m", "secretRetry": "200ms",
+            "progressFirst": "200ms", "progressInterval": "200ms", "backoffFirst": "20ms", "backoffMax": "100ms",
+            "headTimeout": "10s", "idleTimeout": "10s", "shutdown": "10s",
+        });
+        if let (Some(times), Some(changes)) = (times.as_object_mut(), timing.as_object()) {
+            times.extend(changes.clone());
+        }
+        let config = json!({"watchNamespaces": [self.namespace], "timing": times});
+        let name = format!("{}-{:06x}", self.namespace, fastrand::u32(..0x100_0000));
+        let path = self.env.run_dir.join(format!("{name}.yaml"));
+        std::fs::write(&path, config.to_string())?;
+        let listen = format!("127.0.0.1:{}", free_port()?);
+        let mut command = Command::new(env!("CARGO_BIN_EXE_imagemirror"));
+        command.arg("operator").arg("--config").arg(&path).arg("--kubeconfig").arg(&self.kubeconfig).args([
+            "--listen",
+            &listen,
+            "--lease-namespace",
+            &self.namespace,
+            "--identity",
+            &name,
+            "--log-level",
+            level,
+        ]);
+        let log = self.env.log(&name);
+        let process = Process::spawn(&name, command, &log)?;
+        Ok(Operator { process, log, listen })
+    }
+
+    pub async fn secret(&self, name: &str, type_: &str, data: &[(&str, &str)]) -> Result<()> {
+        let data = data.iter().map(|(key, value)| ((*key).to_owned(), ByteString(value.as_bytes().to_vec())));
+        let secret = Secret {
+            metadata: ObjectMeta { name: Some(name.into()), ..ObjectMeta::default() },
+            type_: Some(type_.into()),
+            data: Some(data.collect()),
+            ..Secret::default()
+        };
+        let api: Api<Secret> = Api::namespaced(self.client.clone(), &self.namespace);
+        // The type of a Secret cannot be changed: putting one right means replacing it.
+        if api.get_opt(name).await?.is_some() {
+            api.delete(name, &kube::api::DeleteParams::default()).await?;
+        }
+        api.create(&PostParams::default(), &secret).await?;
+        Ok(())
+    }
+
+    pub async fn pull_secret(&self, name: &str, registries: &[&Registry]) -> Result<()> {
+        let mut auths = serde_json::Map::new();
+        for registry in registries {
+            let config: Value = serde_json::from_str(&registry.dockerconfigjson())?;
+            auths.extend(config["auths"].as_object().context("auths")?.clone());
+        }
+        let config = json!({"auths": auths}).to_string();
+        self.secret(name, "kubernetes.io/dockerconfigjson", &[(".dockerconfigjson", &config)]).await
+    }
+
+    /// A spec that mirrors these images from `source` to `target` with the Secrets of this place.
+    pub fn spec(&self, source: &Registry, target: &Registry, images: &[(&str, &[&str])]) -> Value {
+        let images: Vec<Value> = images
+            .iter()
+            .map(|(name, tags)| json!({"source": format!("{}/{}", source.host, self.repository(name)), "tags": tags}))
+            .collect();
+        let registry = |registry: &Registry| match registry.tls {
+            true => json!({"host": registry.host, "certSecretRef": {"name": "ca"}}),
+            false => json!({"host": registry.host, "plainHTTP": true}),
+        };
+        let mut registries = vec![registry(source)];
+        if source.host != target.host {
+            registries.push(registry(target));
+        }
+        json!({
+            "imagePullSecrets": [{"name": "pull"}],
+            "target": {
+                "registry": target.host,
+                "repository": format!("{}/{{name}}", self.prefix),
+                "secretRef": {"name": "push"},
+            },
+            "registries": registries,
+            "images": images,
+        })
+    }
+
+    pub fn mirrors(&self) -> Api<ImageMirror> {
+        Api::namespaced(self.client.clone(), &self.namespace)
+    }
+
+    /// Applies an `ImageMirror`, as `kubectl apply --server-side` does.
+    pub async fn apply(&self, name: &str, spec: &Value) -> Result<ImageMirror> {
+        let object = json!({
+            "apiVersion": "imagemirror.dev/v1alpha1", "kind": "ImageMirror",
+            "metadata": {"name": name, "namespace": self.namespace}, "spec": spec,
+        });
+        let params = PatchParams::apply("test").force();
+        Ok(self.mirrors().patch(name, &params, &Patch::Apply(&object)).await?)
+    }
+
+    /// Asks for a sync now and waits for its end.
+    pub async fn request(&self, name: &str) -> Result<ImageMirror> {
+        let token = format!("t{:08x}", fastrand::u32(..));
+        let patch = json!({"metadata": {"annotations": {"imagemirror.dev/requestedAt": token}}});
+        self.mirrors().patch(name, &PatchParams::default(), &Patch::Merge(&patch)).await?;
+        let handled = token.clone();
+        self.until(name, "the requested sync to end", move |status| {
+            status.last_handled_reconcile_at.as_ref() == Some(&handled)
+        })
+        .await
+    }
+
+    /// Waits until the status is as wanted; says what it was instead when that takes too long.
+    pub async fn until(
+        &self,
+        name: &str,
+        what: &str,
+        is_so: impl Fn(&ImageMirrorStatus) -> bool,
+    ) -> Result<ImageMirror> {
+        let condition =
+            |object: Option<&ImageMirror>| object.and_then(|object| object.status.as_ref()).is_some_and(&is_so);
+        match tokio::time::timeout(PATIENCE, await_condition(self.mirrors(), name, condition)).await {
+            Ok(found) => found?.context("the object is gone"),
+            Err(_) => {
+                let now = self.mirrors().get(name).await?;
+                bail!("waited for {what}; the status is {}", serde_json::to_string_pretty(&now.status)?)
+            }
+        }
+    }
+
+    pub async fn until_ready(&self, name: &str) -> Result<ImageMirror> {
+        let object = self.mirrors().get(name).await?;
+        let generation = object.metadata.generation.unwrap_or_default();
+        self.until(name, "Ready=True", move |status| {
+            status.observed_generation >= generation && condition(status, "Ready").0 == "True"
+        })
+        .await
+    }
+
+    /// Waits until Ready has this status and reason.
+    pub async fn until_reason(&self, name: &str, reason: &'static str) -> Result<ImageMirror> {
+        self.until(name, reason, move |status| condition(status, "Ready") == ("False", reason)).await
+    }
+
+    pub fn kubectl(&self, arguments: &[&str]) -> Result<String> {
+        kubectl(self.env, &[&["-n", &self.namespace], arguments].concat())
+    }
+
+    pub async fn push(&self, registry: &Registry, name: &str, tag: &str, image: &Image) -> Result<()> {
+        testenv::Client::new(self.env, registry)?.push(&self.repository(name), tag, image).await
+    }
+
+    /// Whether the target holds the image under the tag, every byte of it.
+    pub async fn holds(&self, registry: &Registry, name: &str, tag: &str, image: &Image) -> Result<bool> {
+        testenv::Client::new(self.env, registry)?.holds(&self.repository(name), tag, image).await
+    }
+
+    pub async fn digest_of(&self, registry: &Registry, name: &str, tag: &str) -> Result<Option<String>> {
+        testenv::Client::new(self.env, registry)?.digest_of(&self.repository(name), tag).await
+    }
+}
+
+impl Operator {
+    /// The answer of a probe or of the metrics: status and body.
+    pub async fn get(&self, path: &str) -> Result<(u16, String)> {
+        use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+        let mut stream = tokio::net::TcpStream::connect(&self.listen).await?;
+        let request = format!("GET {path} HTTP/1.1\r\nHost: {}\r\nConnection: close\r\n\r\n", self.listen);
+        stream.write_all(request.as_bytes()).await?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await?;
+        let status = answer.split(' ').nth(1).and_then(|status| status.parse().ok()).context("no HTTP status")?;
+        let body = answer.split_once("\r\n\r\n").map(|(_, body)| body.to_owned()).unwrap_or_default();
+        Ok((status, body))
+    }
+
+    pub fn logged(&self) -> Result<String> {
+        Ok(std::fs::read_to_string(&self.log)?)
+    }
+}
+
+/// Status and reason of a condition; empty where there is none.
+pub fn condition<'a>(status: &'a ImageMirrorStatus, kind: &str) -> (&'a str, &'a str) {
+    let found = status.conditions.iter().find(|condition| condition.type_ == kind);
+    found.map_or(("", ""), |condition| (&condition.status, &condition.reason))
+}
+
+/// The message of a condition.
+pub fn message<'a>(status: &'a ImageMirrorStatus, kind: &str) -> &'a str {
+    let found = status.conditions.iter().find(|condition| condition.type_ == kind);
+    found.map_or("", |condition| &condition.message)
+}
+
+/// Polls something that cannot be watched.
+pub async fn eventually<F: Future<Output = Result<bool>>>(what: &str, mut is_so: impl FnMut() -> F) -> Result<()> {
+    let deadline = tokio::time::Instant::now() + PATIENCE;
+    while !is_so().await.unwrap_or(false) {
+        ensure!(tokio::time::Instant::now() < deadline, "waited for {what}");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    Ok(())
+}
+
+pub fn kubectl(env: &Env, arguments: &[&str]) -> Result<String> {
+    run(Command::new(env.tools.join("kubectl")).arg("--kubeconfig").arg(&env.kubeconfig).args(arguments), None)
+}
+
+/// Runs a command to its end and returns what it printed.
+pub fn run(command: &mut Command, input: Option<&str>) -> Result<String> {
+    use std::io::Write as _;
+    command.stdin(if input.is_some() { Stdio::piped() } else { Stdio::null() });
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+    if let (Some(input), Some(mut stdin)) = (input, child.stdin.take()) {
+        stdin.write_all(input.as_bytes())?;
+    }
+    let output = child.wait_with_output()?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "{command:?}: {}: {said}", output.status);
+    Ok(String::from_utf8(output.stdout)?)
+}
+
+/// The chart's objects as `helm template` renders them.
+pub fn rendered_chart(env: &Env, namespace: &str, arguments: &[&str]) -> Result<String> {
+    let chart = concat!(env!("CARGO_MANIFEST_DIR"), "/charts/imagemirror");
+    let mut helm = Command::new(env.tools.join("helm"));
+    helm.args(["template", "imagemirror", chart, "--namespace", namespace, "--kube-version", "1.34.4"]).args(arguments);
+    run(&mut helm, None)
+}
+
+async fn admin(env: &Env) -> Result<Client> {
+    let kubeconfig = Kubeconfig::read_from(&env.kubeconfig)?;
+    let config = kube::Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await?;
+    Ok(Client::try_from(config)?)
+}
+
+async fn install_crd(env: &Env) -> Result<()> {
+    static INSTALLED: OnceCell<()> = OnceCell::const_new();
+    let install = || async {
+        let file = concat!(env!("CARGO_MANIFEST_DIR"), "/crds/imagemirrors.imagemirror.dev.yaml");
+        kubectl(env, &["apply", "--server-side", "-f", file])?;
+        kubectl(env, &["wait", "--for=condition=Established", "crd/imagemirrors.imagemirror.dev", "--timeout=30s"])?;
+        Ok::<_, anyhow::Error>(())
+    };
+    INSTALLED.get_or_try_init(install).await.map(|&()| ())
+}
+
+/// The ServiceAccount and the roles of the chart, for one namespace: a right that is missing fails a test.
+fn install_rbac(env: &Env, namespace: &str) -> Result<()> {
+    let watched = format!("watchNamespaces={{{namespace}}}");
+    let only =
+        ["--show-only", "templates/rbac.yaml", "--show-only", "templates/serviceaccount.yaml", "--set", &watched];
+    let objects = rendered_chart(env, namespace, &only)?;
+    let mut apply = Command::new(env.tools.join("kubectl"));
+    apply.arg("--kubeconfig").arg(&env.kubeconfig).args(["apply", "-n", namespace, "-f", "-"]);
+    run(&mut apply, Some(&objects)).map(|_| ())
+}
+
+fn free_port() -> Result<u16> {
+    Ok(std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
+}

@@ -1,107 +1,130 @@
-//! The operator's own configuration: one YAML file, parsed once into types that cannot hold nonsense.
+//! The operator's own configuration: a YAML file, read once at start. `config/operator.yaml` shows every key.
 //!
-//! It holds how registries are reached, limits and times, and never a credential. Unknown keys are refused, so that a
-//! misspelt one is not silently without effect. `config/operator.yaml` shows every key with its default.
+//! Unknown keys are refused, so that a typing error is not a setting that silently does nothing. An error names the
+//! file, the key and what to write. Credentials are no part of it.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap, HashSet},
+    fs, io,
     path::{Path, PathBuf},
     time::Duration,
 };
 
 use bytes::Bytes;
-use kube::core::Duration as GoDuration;
-use serde::{Deserialize, Deserializer, de};
+use serde::Deserialize;
 
 use crate::{
+    api::parse_duration,
     oci::Host,
-    registry::{ClientOptions, HostOptions, Timing as RegistryTiming, Transport},
-    telemetry::logging::Format,
+    registry::{self, ClientOptions, HostOptions, Transport, TransportError},
+    schedule::RetryTiming,
+    telemetry::logging::{self, Format},
 };
 
-/// The operator's configuration.
+/// No limit is higher: what it counts takes memory and connections.
+const MAX_LIMIT: usize = 10_000;
+/// No duration is longer: thirty days.
+const MAX_DURATION: Duration = Duration::from_hours(720);
+/// What is left, when the write of a tag has ended, of the time that had to be left when it began.
+const TAG_WRITE_SLACK: Duration = Duration::from_secs(1);
+
+/// The operator's own configuration.
 #[derive(Clone, Debug, Default)]
 pub struct Config {
-    /// The limits of the process.
+    /// How registries are reached, by host.
+    pub registries: HashMap<Host, RegistryConfig>,
+    /// What is bounded.
     pub limits: Limits,
-    /// The namespaces that are watched; all where none is named.
+    /// Namespaces whose objects are served; empty: all.
     pub watch_namespaces: Vec<String>,
-    /// Every duration and back-off.
+    /// Every duration.
     pub timing: Timing,
     /// What is logged, and how.
     pub log: Log,
-    hosts: HashMap<Host, HostOptions>,
-    transports: HashMap<Host, Transport>,
 }
 
-/// The limits of the process.
-#[derive(Clone, Debug, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+/// How one registry is reached.
+#[derive(Clone, Debug, Default)]
+pub struct RegistryConfig {
+    /// Talk HTTP without TLS.
+    pub plain_http: bool,
+    /// The file with certificates to trust beside the system's roots.
+    pub ca_file: Option<PathBuf>,
+    /// What was in it. Filled by [`Config::load`].
+    pub ca: Option<Bytes>,
+    /// Token servers and limits.
+    pub options: HostOptions,
+}
+
+/// What is bounded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// Runs at a time.
+    /// Objects that are synced at one time.
     pub runs: usize,
 }
 
 /// What is logged, and how.
-#[derive(Clone, Debug, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Log {
-    /// Text or JSON.
+    /// How lines are written.
     pub format: Format,
-    /// A level, or a filter.
+    /// A level or a filter, as [`logging::init`] takes it.
     pub level: String,
 }
 
-/// A configuration that the operator does not start with.
+/// Why the configuration cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// The file cannot be read.
-    #[error("the operator's configuration {path} cannot be read: {source}")]
+    #[error("cannot read the configuration {}: {source}", path.display())]
     Read {
-        /// Which file.
+        /// The configuration.
         path: PathBuf,
         /// Why.
-        source: std::io::Error,
+        source: io::Error,
     },
-    /// The file does not parse.
-    #[error("the operator's configuration {path} is invalid: {what}")]
-    Parse {
-        /// Which file.
+    /// The file is not YAML of the known keys.
+    #[error("{}: {source}", path.display())]
+    Yaml {
+        /// The configuration.
         path: PathBuf,
-        /// What is wrong, where.
-        what: String,
+        /// Where and why.
+        source: Box<serde_saphyr::Error>,
     },
-}
-
-#[derive(Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
-#[derive(Default)]
-struct File {
-    registries: Vec<RegistryEntry>,
-    limits: Limits,
-    watch_namespaces: Vec<String>,
-    timing: Timing,
-    log: Log,
-}
-
-#[derive(Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
-struct RegistryEntry {
-    host: Host,
-    #[serde(default, rename = "plainHTTP")]
-    plain_http: bool,
-    ca_file: Option<PathBuf>,
-    #[serde(default)]
-    auth_hosts: Vec<Host>,
-    #[serde(default)]
-    limits: RegistryLimits,
-}
-
-#[derive(Deserialize, Default)]
-#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
-struct RegistryLimits {
-    requests: Option<usize>,
-    streams: Option<usize>,
+    /// A value is wrong, or does not go with another.
+    #[error("{}: {key}: {problem}", path.display())]
+    Value {
+        /// The configuration.
+        path: PathBuf,
+        /// The key.
+        key: String,
+        /// What is wrong, and what to write.
+        problem: String,
+    },
+    /// A CA file cannot be read.
+    #[error("{}: caFile {} of registry {host} cannot be read: {source}", path.display(), file.display())]
+    CaRead {
+        /// The configuration.
+        path: PathBuf,
+        /// The CA file.
+        file: PathBuf,
+        /// The registry it is for.
+        host: Host,
+        /// Why.
+        source: io::Error,
+    },
+    /// A CA file holds no usable certificate.
+    #[error("{}: caFile {} of registry {host} holds no valid PEM certificate", path.display(), file.display())]
+    Ca {
+        /// The configuration.
+        path: PathBuf,
+        /// The CA file.
+        file: PathBuf,
+        /// The registry it is for.
+        host: Host,
+        /// Why.
+        source: TransportError,
+    },
 }
 
 impl Default for Limits {
@@ -112,146 +135,55 @@ impl Default for Limits {
 
 impl Default for Log {
     fn default() -> Self {
-        Self { format: Format::default(), level: "info".into() }
+        Self { format: Format::Json, level: "info".to_owned() }
     }
-}
-
-macro_rules! timing {
-    ($($(#[$doc:meta])* $name:ident = $default:expr,)*) => {
-        /// Every duration and back-off of the operator. Tests run the same binary with short ones.
-        #[derive(Clone, Debug, Deserialize)]
-        #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
-        pub struct Timing {
-            $($(#[$doc])* #[serde(deserialize_with = "go_duration")] pub $name: Duration,)*
-        }
-
-        impl Default for Timing {
-            fn default() -> Self {
-                Self { $($name: $default,)* }
-            }
-        }
-    };
-}
-
-timing! {
-    /// For every call to the Kubernetes API.
-    api_timeout = Duration::from_secs(10),
-    /// After this time without a renewal the lease may be taken over.
-    lease_duration = Duration::from_secs(15),
-    /// How often the lease is renewed.
-    lease_renew = Duration::from_secs(3),
-    /// For the write of one tag.
-    tag_write_timeout = Duration::from_secs(8),
-    /// The write of a tag begins only with this much of the lease left.
-    tag_write_margin = Duration::from_secs(9),
-    /// The first retry of a failure that passes by itself; later ones double.
-    retry_transient_min = Duration::from_secs(30),
-    /// The longest wait between such retries.
-    retry_transient_max = Duration::from_mins(15),
-    /// The retry of a refused credential.
-    retry_auth = Duration::from_mins(15),
-    /// How often a Secret that is missing or wrong is looked at, at first.
-    secret_retry = Duration::from_secs(5),
-    /// For how long that goes on before the waits grow.
-    secret_retry_window = Duration::from_mins(2),
-    /// The longest wait between looks at a Secret.
-    secret_retry_max = Duration::from_mins(5),
-    /// When progress is first written.
-    progress_first = Duration::from_secs(2),
-    /// How often progress is written after that; three times as long once it has been written six times.
-    progress_interval = Duration::from_secs(10),
-    /// For the head of the answer to a request without a body.
-    head_timeout = Duration::from_secs(30),
-    /// For the next byte of a transfer.
-    idle_timeout = Duration::from_secs(30),
-    /// For the answer after the last byte of an upload.
-    answer_timeout = Duration::from_mins(10),
-    /// The bound of the first wait before a request is repeated; later ones double.
-    backoff_first = Duration::from_secs(1),
-    /// The highest bound of such waits.
-    backoff_max = Duration::from_secs(30),
-    /// For runs to end after a signal.
-    shutdown = Duration::from_secs(20),
-}
-
-/// A positive duration as Go writes it: `90s`, `1h30m`, `500ms`.
-fn go_duration<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
-    let text = String::deserialize(deserializer)?;
-    let parsed = text.parse::<GoDuration>().ok().filter(|duration| !duration.is_negative()).map(Duration::from);
-    parsed
-        .filter(|duration| !duration.is_zero())
-        .ok_or_else(|| de::Error::custom(format!("{text:?} is not a duration above zero; write for example 30s or 5m")))
 }
 
 impl Config {
-    /// Reads the file, or returns the defaults where none is named.
+    /// The configuration in a file and the CA files it names; a relative one is looked for beside it. Without a file,
+    /// the default.
     pub fn load(path: Option<&Path>) -> Result<Self, ConfigError> {
         let Some(path) = path else { return Ok(Self::default()) };
-        let text = read(path)?;
-        Self::parse(&text, path)
-    }
-
-    /// Parses the text of a configuration; `path` is said in errors. Reads the CA files that it names.
-    pub fn parse(text: &str, path: &Path) -> Result<Self, ConfigError> {
-        let invalid = |what: String| ConfigError::Parse { path: path.to_owned(), what };
-        // A file of comments alone is an empty document.
-        let file: Option<File> = serde_saphyr::from_str(text).map_err(|error| invalid(error.to_string()))?;
-        let File { registries, limits, watch_namespaces, timing, log } = file.unwrap_or_default();
-        if limits.runs == 0 {
-            return Err(invalid("limits.runs must be at least 1".into()));
-        }
-        timing.check().map_err(invalid)?;
-        let mut config = Self { limits, watch_namespaces, timing, log, ..Self::default() };
-        for entry in registries {
-            config.add(entry, path)?;
+        let text = fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
+        let mut config = Self::parse(&text, path)?;
+        for (host, registry) in &mut config.registries {
+            let Some(file) = &registry.ca_file else { continue };
+            let file = path.parent().map_or_else(|| file.clone(), |folder| folder.join(file));
+            let (path, host) = (path.to_owned(), host.clone());
+            let ca = match fs::read(&file) {
+                Ok(bytes) => Bytes::from(bytes),
+                Err(source) => return Err(ConfigError::CaRead { path, file, host, source }),
+            };
+            if let Err(source) = (Transport { ca: Some(ca.clone()), ..Transport::default() }).check() {
+                return Err(ConfigError::Ca { path, file, host, source });
+            }
+            registry.ca = Some(ca);
         }
         Ok(config)
     }
 
-    fn add(&mut self, entry: RegistryEntry, path: &Path) -> Result<(), ConfigError> {
-        let RegistryEntry { host, plain_http, ca_file, auth_hosts, limits } = entry;
-        let invalid =
-            |what: &str| ConfigError::Parse { path: path.to_owned(), what: format!("registries, {host}: {what}") };
-        let default = HostOptions::default();
-        let requests = limits.requests.unwrap_or(default.requests);
-        let streams = limits.streams.unwrap_or(default.streams);
-        if requests == 0 || streams == 0 {
-            return Err(invalid("limits must be at least 1"));
-        }
-        // A copy inside one registry holds a request for the upload and one for the download.
-        if requests <= streams {
-            return Err(invalid("limits.requests must be larger than limits.streams"));
-        }
-        if plain_http && ca_file.is_some() {
-            return Err(invalid("plainHTTP and caFile exclude each other"));
-        }
-        let ca = ca_file.map(|file| read(&file).map(Bytes::from)).transpose()?;
-        let transport = Transport { plain_http, ca, identity: None };
-        transport.check().map_err(|_| invalid("caFile holds no valid PEM certificate"))?;
-        let options = HostOptions { auth_hosts, requests, streams };
-        if self.hosts.insert(host.clone(), options).is_some() {
-            return Err(invalid("the host is listed twice"));
-        }
-        self.transports.insert(host, transport);
-        Ok(())
+    /// The configuration in a text. Reads no file; `path` is what errors call the text.
+    pub fn parse(text: &str, path: &Path) -> Result<Self, ConfigError> {
+        let options = serde_saphyr::options! { with_snippet: false };
+        let file: Option<File> = serde_saphyr::from_str_with_options(text, options)
+            .map_err(|source| ConfigError::Yaml { path: path.to_owned(), source: Box::new(source) })?;
+        file.unwrap_or_default().validate().map_err(|Wrong { key, problem }| ConfigError::Value {
+            path: path.to_owned(),
+            key,
+            problem,
+        })
     }
 
-    /// Whether objects of this namespace are ours.
+    /// Whether the objects of a namespace are served.
     #[must_use]
     pub fn watches(&self, namespace: &str) -> bool {
         self.watch_namespaces.is_empty() || self.watch_namespaces.iter().any(|watched| watched == namespace)
     }
 
-    /// How a registry is reached where the object does not say.
-    #[must_use]
-    pub fn transport_for(&self, host: &Host) -> Transport {
-        self.transports.get(host).cloned().unwrap_or_default()
-    }
-
-    /// What the registry client is made with.
+    /// What the registry client needs to know.
     #[must_use]
     pub fn client_options(&self) -> ClientOptions {
-        let timing = RegistryTiming {
+        let timing = registry::Timing {
             head: self.timing.head_timeout,
             idle: self.timing.idle_timeout,
             answer: self.timing.answer_timeout,
@@ -259,97 +191,269 @@ impl Config {
             backoff_max: self.timing.backoff_max,
             tag_write: self.timing.tag_write_timeout,
             tag_write_margin: self.timing.tag_write_margin,
-            ..RegistryTiming::default()
+            ..registry::Timing::default()
         };
-        ClientOptions { timing, hosts: self.hosts.clone() }
+        let hosts = self.registries.iter().map(|(host, registry)| (host.clone(), registry.options.clone())).collect();
+        ClientOptions { timing, hosts }
+    }
+
+    /// The bounds between which failed images are tried again.
+    #[must_use]
+    pub fn retry_timing(&self) -> RetryTiming {
+        RetryTiming {
+            transient_min: self.timing.retry_transient_min,
+            transient_max: self.timing.retry_transient_max,
+            authentication: self.timing.retry_auth,
+        }
+    }
+
+    /// How a host is reached, as far as the operator's configuration says.
+    #[must_use]
+    pub fn transport_for(&self, host: &Host) -> Transport {
+        self.registries.get(host).map_or_else(Transport::default, |registry| Transport {
+            plain_http: registry.plain_http,
+            ca: registry.ca.clone(),
+            identity: None,
+        })
     }
 }
 
-impl Timing {
-    /// The times that only make sense together.
-    fn check(&self) -> Result<(), String> {
-        let (duration, renew) = (self.lease_duration, self.lease_renew);
-        if renew * 3 > duration {
-            return Err(format!(
-                "timing.leaseDuration ({duration:?}) must be at least 3 × timing.leaseRenew ({renew:?})"
-            ));
+/// Every duration, once by its name here and once by its key in the file.
+macro_rules! timing {
+    ($($(#[$doc:meta])* $field:ident $key:literal = $default:expr;)*) => {
+        /// Every duration that can be set.
+        #[derive(Clone, Debug, PartialEq, Eq)]
+        pub struct Timing {
+            $($(#[$doc])* pub $field: Duration,)*
         }
-        let (write, margin) = (self.tag_write_timeout, self.tag_write_margin);
-        if write >= margin {
-            return Err(format!(
-                "timing.tagWriteMargin ({margin:?}) must be longer than timing.tagWriteTimeout ({write:?})"
-            ));
+
+        impl Default for Timing {
+            fn default() -> Self {
+                Self { $($field: $default,)* }
+            }
         }
-        if margin + renew > duration {
-            return Err(format!(
-                "timing.tagWriteMargin ({margin:?}) and timing.leaseRenew ({renew:?}) together must not be longer than \
-                 timing.leaseDuration ({duration:?}), else no tag could ever be written"
-            ));
+
+        impl Timing {
+            const KEYS: &[&str] = &[$($key),*];
+
+            fn by_key(&mut self, key: &str) -> Option<&mut Duration> {
+                match key {
+                    $($key => Some(&mut self.$field),)*
+                    _ => None,
+                }
+            }
         }
-        Ok(())
+    };
+}
+
+timing! {
+    /// Every call to the Kubernetes API.
+    api_timeout "apiTimeout" = Duration::from_secs(10);
+    /// A leader that was not heard of for this long may be replaced.
+    lease_duration "leaseDuration" = Duration::from_secs(15);
+    /// How often the leader renews.
+    lease_renew "leaseRenew" = Duration::from_secs(3);
+    /// The PUT of one tag.
+    tag_write_timeout "tagWriteTimeout" = Duration::from_secs(8);
+    /// How much of the lease must be left when that begins.
+    tag_write_margin "tagWriteMargin" = Duration::from_secs(9);
+    /// The first wait after a failure that may pass; it doubles.
+    retry_transient_min "retryTransientMin" = Duration::from_secs(30);
+    /// The longest wait after such failures.
+    retry_transient_max "retryTransientMax" = Duration::from_mins(15);
+    /// The wait after a refused credential.
+    retry_auth "retryAuth" = Duration::from_mins(15);
+    /// How often a missing or wrong Secret is looked for.
+    secret_retry "secretRetry" = Duration::from_secs(5);
+    /// For how long that often; then the wait doubles.
+    secret_retry_window "secretRetryWindow" = Duration::from_mins(2);
+    /// The longest wait between looking for a Secret.
+    secret_retry_max "secretRetryMax" = Duration::from_mins(5);
+    /// How long a run goes on before its progress is written.
+    progress_first "progressFirst" = Duration::from_secs(2);
+    /// How often it is written then.
+    progress_interval "progressInterval" = Duration::from_secs(10);
+    /// The answer of a registry to a request without a body.
+    head_timeout "headTimeout" = Duration::from_secs(30);
+    /// A transfer in which no byte moves.
+    idle_timeout "idleTimeout" = Duration::from_secs(30);
+    /// The registry's answer after the last byte of an upload.
+    answer_timeout "answerTimeout" = Duration::from_mins(10);
+    /// The first wait before a failed request to a registry is repeated; it doubles.
+    backoff_first "backoffFirst" = Duration::from_secs(1);
+    /// The longest wait between repetitions.
+    backoff_max "backoffMax" = Duration::from_secs(30);
+    /// How long runs have to end after SIGTERM.
+    shutdown "shutdown" = Duration::from_secs(20);
+}
+
+/// The file as it is written.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "camelCase")]
+struct File {
+    registries: Vec<RegistryEntry>,
+    limits: LimitsEntry,
+    watch_namespaces: Vec<String>,
+    timing: BTreeMap<String, String>,
+    log: LogEntry,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+struct RegistryEntry {
+    host: String,
+    #[serde(default, rename = "plainHTTP")]
+    plain_http: bool,
+    ca_file: Option<PathBuf>,
+    #[serde(default)]
+    auth_hosts: Vec<String>,
+    #[serde(default)]
+    limits: HostLimitsEntry,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct HostLimitsEntry {
+    requests: Option<usize>,
+    streams: Option<usize>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct LimitsEntry {
+    runs: Option<usize>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct LogEntry {
+    format: Option<Format>,
+    level: Option<String>,
+}
+
+struct Wrong {
+    key: String,
+    problem: String,
+}
+
+impl Wrong {
+    fn new(key: impl Into<String>, problem: impl Into<String>) -> Self {
+        Self { key: key.into(), problem: problem.into() }
     }
 }
 
-fn read(path: &Path) -> Result<String, ConfigError> {
-    std::fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.to_owned(), source })
+impl File {
+    fn validate(self) -> Result<Config, Wrong> {
+        let mut registries = HashMap::new();
+        for (index, entry) in self.registries.into_iter().enumerate() {
+            let key = format!("registries[{index}]");
+            let (host, registry) = entry.validate(&key)?;
+            if registries.insert(host.clone(), registry).is_some() {
+                return Err(Wrong::new(format!("{key}.host"), format!("{host} is there twice: write it once")));
+            }
+        }
+        let mut seen = HashSet::new();
+        for (index, namespace) in self.watch_namespaces.iter().enumerate() {
+            let problem = match () {
+                () if !is_label(namespace) => "is no name of a namespace: use a-z, 0-9 and '-', at most 63 characters",
+                () if !seen.insert(namespace) => "is there twice: write it once",
+                () => continue,
+            };
+            return Err(Wrong::new(format!("watchNamespaces[{index}]"), format!("{namespace:?} {problem}")));
+        }
+        let log = Log {
+            format: self.log.format.unwrap_or(Log::default().format),
+            level: self.log.level.unwrap_or(Log::default().level),
+        };
+        logging::filter(&log.level).map_err(|error| Wrong::new("log.level", error.to_string()))?;
+        Ok(Config {
+            registries,
+            limits: Limits { runs: limit("limits.runs", self.limits.runs, Limits::default().runs)? },
+            watch_namespaces: self.watch_namespaces,
+            timing: timing(&self.timing)?,
+            log,
+        })
+    }
+}
+
+impl RegistryEntry {
+    fn validate(self, key: &str) -> Result<(Host, RegistryConfig), Wrong> {
+        let host = |key: String, text: &str| text.parse::<Host>().map_err(|error| Wrong::new(key, error.to_string()));
+        let auth_hosts = self.auth_hosts.iter().enumerate();
+        let default = HostOptions::default();
+        let options = HostOptions {
+            auth_hosts: auth_hosts
+                .map(|(index, text)| host(format!("{key}.authHosts[{index}]"), text))
+                .collect::<Result<_, _>>()?,
+            requests: limit(&format!("{key}.limits.requests"), self.limits.requests, default.requests)?,
+            streams: limit(&format!("{key}.limits.streams"), self.limits.streams, default.streams)?,
+        };
+        // A copy inside one registry holds a request for the upload and one for the download.
+        if options.requests <= options.streams {
+            let problem =
+                format!("{} is too few: write more than limits.streams ({})", options.requests, options.streams);
+            return Err(Wrong::new(format!("{key}.limits.requests"), problem));
+        }
+        if self.plain_http && self.ca_file.is_some() {
+            return Err(Wrong::new(format!("{key}.caFile"), "goes with TLS only: write either plainHTTP or caFile"));
+        }
+        let registry = RegistryConfig { plain_http: self.plain_http, ca_file: self.ca_file, ca: None, options };
+        Ok((host(format!("{key}.host"), &self.host)?, registry))
+    }
+}
+
+fn limit(key: &str, found: Option<usize>, default: usize) -> Result<usize, Wrong> {
+    match found.unwrap_or(default) {
+        value if (1..=MAX_LIMIT).contains(&value) => Ok(value),
+        value => Err(Wrong::new(key, format!("{value} is out of range: write 1 to {MAX_LIMIT}"))),
+    }
+}
+
+fn timing(entries: &BTreeMap<String, String>) -> Result<Timing, Wrong> {
+    let mut timing = Timing::default();
+    for (key, text) in entries {
+        let Some(place) = timing.by_key(key) else {
+            return Err(Wrong::new(
+                format!("timing.{key}"),
+                format!("unknown; use one of {}", Timing::KEYS.join(", ")),
+            ));
+        };
+        *place = duration(text).ok_or_else(|| {
+            let problem =
+                format!("invalid duration {text:?}: write one above zero and up to 720h, such as 500ms, 30s or 1h30m");
+            Wrong::new(format!("timing.{key}"), problem)
+        })?;
+    }
+    check_rules(&timing)?;
+    Ok(timing)
+}
+
+fn duration(text: &str) -> Option<Duration> {
+    parse_duration(text).filter(|parsed| !parsed.is_zero() && *parsed <= MAX_DURATION)
+}
+
+/// Checks what durations have to do with each other.
+fn check_rules(timing: &Timing) -> Result<(), Wrong> {
+    let at_most = |key: &str, value: Duration, other: &str, bound: Duration| {
+        let problem = || format!("{value:?} is too long: write at most {bound:?}, which is {other}");
+        if value <= bound { Ok(()) } else { Err(Wrong::new(format!("timing.{key}"), problem())) }
+    };
+    let t = timing;
+    at_most("leaseRenew", t.lease_renew, "a third of timing.leaseDuration", t.lease_duration / 3)?;
+    let before_renewal = t.lease_duration.saturating_sub(t.lease_renew);
+    at_most("tagWriteMargin", t.tag_write_margin, "timing.leaseDuration less timing.leaseRenew", before_renewal)?;
+    let before_end = t.tag_write_margin.saturating_sub(TAG_WRITE_SLACK);
+    at_most("tagWriteTimeout", t.tag_write_timeout, "timing.tagWriteMargin less a second", before_end)?;
+    at_most("retryTransientMin", t.retry_transient_min, "timing.retryTransientMax", t.retry_transient_max)?;
+    at_most("secretRetry", t.secret_retry, "timing.secretRetryMax", t.secret_retry_max)?;
+    at_most("backoffFirst", t.backoff_first, "timing.backoffMax", t.backoff_max)
+}
+
+/// A DNS label (RFC 1123), as the names of namespaces are.
+fn is_label(text: &str) -> bool {
+    let inner = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
+    (1..=63).contains(&text.len()) && text.bytes().all(inner) && !text.starts_with('-') && !text.ends_with('-')
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn parse(text: &str) -> Result<Config, String> {
-        Config::parse(text, Path::new("operator.yaml")).map_err(|error| error.to_string())
-    }
-
-    #[test]
-    fn an_empty_file_is_the_default() {
-        for text in ["", "# nothing\n", "{}"] {
-            let config = parse(text).unwrap();
-            assert_eq!((config.limits.runs, config.timing.lease_duration), (4, Duration::from_secs(15)));
-        }
-    }
-
-    #[test]
-    fn what_is_set_is_used() {
-        let text = "registries:\n- {host: a.example:5000, plainHTTP: true, authHosts: [auth.example], limits: {requests: 9}}\n\
-                    watchNamespaces: [a]\ntiming: {headTimeout: 1500ms}\n";
-        let config = parse(text).unwrap();
-        let host: Host = "a.example:5000".parse().unwrap();
-        assert!(config.transport_for(&host).plain_http);
-        let options = config.client_options();
-        assert_eq!((options.hosts[&host].requests, options.timing.head), (9, Duration::from_millis(1500)));
-        assert!(config.watches("a") && !config.watches("b"));
-    }
-
-    #[test]
-    fn what_is_wrong_is_refused_with_a_word_on_what_to_write() {
-        for (text, expected) in [
-            ("registry: []", "registry"),
-            ("timing: {headTimeout: 5}", "not a duration"),
-            ("timing: {headTimeout: -5s}", "not a duration"),
-            ("timing: {headTimeout: 0s}", "not a duration"),
-            ("timing: {leaseRenew: 10s}", "leaseDuration"),
-            ("timing: {tagWriteTimeout: 9s}", "tagWriteMargin"),
-            ("timing: {tagWriteMargin: 13s}", "no tag could ever be written"),
-            ("limits: {runs: 0}", "limits.runs"),
-            ("registries: [{host: 'https://x'}]", "without a scheme"),
-            ("registries: [{host: x}, {host: x}]", "listed twice"),
-            ("registries: [{host: x, limits: {requests: 2}}]", "larger than limits.streams"),
-            ("registries: [{host: x, caFile: /does/not/exist}]", "/does/not/exist cannot be read"),
-        ] {
-            let message = parse(text).unwrap_err();
-            assert!(message.contains(expected), "{text}: {message}");
-        }
-    }
-
-    #[test]
-    fn the_example_holds_the_defaults() {
-        let text = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/config/operator.yaml")).unwrap();
-        let without_ca: String =
-            text.lines().filter(|line| !line.contains("caFile")).fold(String::new(), |all, line| all + line + "\n");
-        let example = parse(&without_ca).unwrap();
-        assert_eq!(format!("{:?}", example.timing), format!("{:?}", Timing::default()));
-        assert_eq!(example.limits.runs, Limits::default().runs);
-    }
-}
+mod tests;

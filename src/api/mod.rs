@@ -4,9 +4,11 @@
 //! (`mirror`), because an object may have been stored under an older, looser schema.
 
 mod condition;
+mod duration;
 pub mod v1alpha1;
 
 pub use condition::{ConditionSet, ConditionType, Status};
+pub use duration::parse_duration;
 pub use v1alpha1::{ImageMirror, ImageMirrorSpec, ImageMirrorStatus};
 
 pub use crate::reason::Reason;

@@ -1,317 +1,352 @@
-//! Leader election on one Lease, as client-go does it: every write names the resourceVersion it saw, and expiry is
-//! counted on our own monotonic clock from the last change that we observed. Wall clocks of other machines, skewed or
-//! not, play no part.
+//! Leader election on one Lease (coordination.k8s.io/v1), as client-go's `leaderelection` does it.
 //!
-//! `held_until` is when the lease may be taken over at the earliest: the instant at which the last successful renewal
-//! was *sent*, plus the duration.
+//! Whether another holder's lease has run out is counted on our own monotonic clock, from when we last saw its record
+//! change: the times inside the record are for people, and clocks that differ do no harm. Every write carries the
+//! resourceVersion of what it is based on, so that of two candidates one gets a conflict. How long the lease is ours
+//! is counted from when the request was *sent*: others cannot have seen it earlier.
 
 use std::time::Duration;
 
 use jiff::Timestamp;
 use k8s_openapi::{
-    api::coordination::v1::{Lease as LeaseObject, LeaseSpec},
+    api::coordination::v1::{Lease as Object, LeaseSpec},
     apimachinery::pkg::apis::meta::v1::MicroTime,
 };
-use kube::{Api, Client, api::PostParams, core::ObjectMeta};
+use kube::{
+    Api, Client,
+    api::{ObjectMeta, PostParams},
+};
 use tokio::{
     sync::watch,
-    time::{Instant, sleep, timeout},
+    time::{Instant, sleep, sleep_until, timeout},
 };
 use tokio_util::sync::CancellationToken;
 
-use super::error::{Error, call};
 use crate::telemetry::server::Gates;
 
-const GATE: &str = "lease";
+/// Opens when the lease was seen for the first time, whoever holds it: a standby is ready.
+pub(super) const GATE: &str = "lease";
+const MANAGER: &str = "imagemirror";
+/// Giving up the lease is best effort and does not hold up the end of the process.
+const RELEASE_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// Which lease, who we are, and the times.
+/// Which lease, for whom, and how fast.
 #[derive(Clone, Debug)]
 pub(super) struct LeaseOptions {
+    /// The namespace of the Lease.
     pub(super) namespace: String,
+    /// The name of the Lease.
     pub(super) name: String,
+    /// Who we are; must differ between replicas and not be empty.
     pub(super) identity: String,
+    /// A holder that was not heard of for this long may be replaced.
     pub(super) duration: Duration,
+    /// How often the holder renews, and others look.
     pub(super) renew: Duration,
+    /// The deadline of one attempt. Shorter where the lease would run out before.
     pub(super) api_timeout: Duration,
 }
 
-/// Our side of the election.
-pub(super) struct Lease {
-    api: Api<LeaseObject>,
-    options: LeaseOptions,
-    held_until: watch::Sender<Option<Instant>>,
-    gates: Gates,
-    seen: Option<Seen>,
-}
-
-/// The lease as we last saw it, and since when it has looked like that.
-struct Seen {
-    object: LeaseObject,
-    since: Instant,
-}
-
-/// Why the lease is kept no more.
+/// Why [`Lease::keep`] ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum KeepEnd {
-    /// It could not be renewed in time, or somebody else has it.
+    /// The lease is not ours any more, or could not be renewed in time.
     Lost,
-    /// We are stopping, and still hold it.
+    /// The shutdown came. The lease is still ours: [`Lease::release`] gives it up.
     Shutdown,
 }
 
-/// What to do about the lease as it was seen.
+/// Our part in the election. Give it a client without retries: they would hide the deadlines.
+pub(super) struct Lease {
+    api: Api<Object>,
+    options: LeaseOptions,
+    gates: Gates,
+    held_until: watch::Sender<Option<Instant>>,
+    /// The object as it was last read or written, and when its spec was first seen as it is.
+    observed: Option<(Object, Instant)>,
+    /// Whether somebody may have written the object since.
+    stale: bool,
+    /// When the last request that made or kept the lease ours was sent.
+    renewed: Option<Instant>,
+    complaint: String,
+}
+
+/// What to do about a record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Step {
-    Take,
+enum Decision {
+    /// Nobody holds it, or its holder was not heard of for too long.
+    Acquire,
+    /// It is ours.
+    Renew,
+    /// Somebody else's, for this long if nothing more is heard of them.
     Wait(Duration),
 }
 
+enum Attempt {
+    Held,
+    HeldByOther(Duration),
+    /// Somebody else wrote at the same time.
+    Conflict,
+    Failed,
+}
+
 impl Lease {
-    /// The election, and until when the lease is ours.
+    /// Takes part in an election. The receiver says until when the lease is ours, by the monotonic clock.
+    #[must_use]
     pub(super) fn new(client: Client, options: LeaseOptions, gates: Gates) -> (Self, watch::Receiver<Option<Instant>>) {
-        let api = Api::namespaced(client, &options.namespace);
         let (held_until, receiver) = watch::channel(None);
-        (Self { api, options, held_until, gates, seen: None }, receiver)
+        gates.close(GATE, &format!("the Lease {}/{} to be read", options.namespace, options.name));
+        let api = Api::namespaced(client, &options.namespace);
+        let complaint = String::new();
+        let lease = Self { api, options, gates, held_until, observed: None, stale: true, renewed: None, complaint };
+        (lease, receiver)
     }
 
     /// Waits until the lease is ours. False if the shutdown came first.
     pub(super) async fn acquire(&mut self, shutdown: &CancellationToken) -> bool {
-        let mut announced = None;
+        let mut seen_holder = None;
         loop {
-            let wait = match self.try_acquire().await {
-                Ok(true) => {
-                    tracing::info!(identity = %self.options.identity, "leading");
+            let attempt = tokio::select! {
+                biased;
+                () = shutdown.cancelled() => {
+                    // What was being sent may have made it ours.
+                    self.release().await;
+                    return false;
+                }
+                attempt = self.attempt(self.options.api_timeout.min(self.options.duration)) => attempt,
+            };
+            let wait = match attempt {
+                Attempt::Held => {
+                    tracing::info!(lease = %self.options.name, identity = %self.options.identity, "leading");
                     return true;
                 }
-                Ok(false) => {
-                    let holder = self.holder();
-                    if announced != holder {
-                        tracing::info!(holder = holder.as_deref().unwrap_or_default(), "standing by");
-                        announced = holder;
-                    }
-                    self.jittered()
-                }
-                Err(error) => {
-                    if self.seen.is_none() {
-                        self.gates.close(GATE, &error.to_string());
-                    }
-                    tracing::warn!(%error, "the lease could not be looked at");
-                    self.jittered()
-                }
+                Attempt::HeldByOther(left) => left.min(self.options.renew),
+                Attempt::Conflict | Attempt::Failed => self.options.renew,
             };
+            let holder = self.holder();
+            if seen_holder != holder {
+                tracing::info!(lease = %self.options.name, holder = holder.as_deref().unwrap_or("nobody"), "standing by");
+                seen_holder = holder;
+            }
             tokio::select! {
+                biased;
                 () = shutdown.cancelled() => return false,
-                () = sleep(wait) => {}
+                () = sleep(wait + jitter(self.options.renew)) => {}
             }
         }
     }
 
-    /// Renews the lease until it is lost or the shutdown comes. While it is lost or about to be, `held_until` says so.
+    /// Renews until the lease is lost or the shutdown comes. Lost is published at once.
     pub(super) async fn keep(&mut self, shutdown: &CancellationToken) -> KeepEnd {
+        let mut pause = self.options.renew;
         loop {
-            let Some(held_until) = *self.held_until.borrow() else { return KeepEnd::Lost };
+            // client-go's renewDeadline: a third of the lease is left for what still has to stop.
+            let Some(renewed) = self.renewed else { return self.lost("not held") };
+            let renew_by = renewed + self.options.duration * 2 / 3;
+            let next = Instant::now() + pause;
             tokio::select! {
+                biased;
                 () = shutdown.cancelled() => return KeepEnd::Shutdown,
-                () = sleep(self.options.renew) => {}
+                () = sleep_until(next.min(renew_by)) => {}
             }
-            // A renewal that has not been answered when the lease runs out is of no use.
-            let patience = held_until.saturating_duration_since(Instant::now());
-            let renewed = match timeout(patience, self.renew()).await {
-                Ok(Ok(renewed)) => renewed,
-                Ok(Err(error)) => {
-                    tracing::warn!(%error, "the lease could not be renewed");
-                    Instant::now() < held_until
+            let left = renew_by.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return self.lost("not renewed in time");
+            }
+            // Short enough that one request which gets no answer leaves time for another.
+            let limit = self.options.api_timeout.min(self.options.duration / 3).min(left);
+            let attempt = tokio::select! {
+                biased;
+                () = shutdown.cancelled() => {
+                    self.stale = true;
+                    return KeepEnd::Shutdown;
                 }
-                Err(_) => false,
+                attempt = self.attempt(limit) => attempt,
             };
-            if !renewed {
-                tracing::warn!(identity = %self.options.identity, "no longer leading");
-                self.held_until.send_replace(None);
-                return KeepEnd::Lost;
-            }
+            pause = match attempt {
+                Attempt::Held => self.options.renew,
+                Attempt::HeldByOther(_) => return self.lost("held by another"),
+                Attempt::Conflict => jitter(self.options.renew),
+                Attempt::Failed => self.options.renew / 4 + jitter(self.options.renew),
+            };
         }
     }
 
-    /// Empties the lease so that another replica takes over at once. Best effort.
+    /// Gives the lease up, so that a standby takes over at once. Does nothing if it is not ours; gives up after three
+    /// seconds.
     pub(super) async fn release(&mut self) {
         self.held_until.send_replace(None);
-        let Some(seen) = &self.seen else { return };
-        let mut object = seen.object.clone();
-        let spec = object.spec.get_or_insert_default();
+        self.renewed = None;
+        let limit = self.options.api_timeout.min(RELEASE_TIMEOUT);
+        match timeout(limit, self.try_release()).await {
+            Ok(Ok(true)) => tracing::info!(lease = %self.options.name, "lease given up"),
+            Ok(Ok(false)) => {}
+            Ok(Err(error)) => tracing::warn!(lease = %self.options.name, %error, "the lease was not given up"),
+            Err(_) => tracing::warn!(lease = %self.options.name, "the lease was not given up in time"),
+        }
+    }
+
+    async fn try_release(&mut self) -> Result<bool, kube::Error> {
+        self.observe().await?;
+        let Some((object, _)) = self.observed.take() else { return Ok(false) };
+        self.stale = true;
+        let spec = object.spec.clone().unwrap_or_default();
         if spec.holder_identity.as_deref() != Some(&self.options.identity) {
-            return;
-        }
-        spec.holder_identity = Some(String::new());
-        spec.lease_duration_seconds = Some(1);
-        spec.renew_time = Some(MicroTime(Timestamp::now()));
-        match self.replace(&object).await {
-            Ok(_) => tracing::info!("lease released"),
-            Err(error) => tracing::warn!(%error, "the lease was left to expire"),
-        }
-    }
-
-    async fn try_acquire(&mut self) -> Result<bool, Error> {
-        let sent = Instant::now();
-        let Some(object) =
-            call("reading the lease", self.options.api_timeout, self.api.get_opt(&self.options.name)).await?
-        else {
-            return self.create(sent).await;
-        };
-        self.saw(object);
-        let Some(seen) = &self.seen else { return Ok(false) };
-        match decide(&seen.object, seen.since, Instant::now(), &self.options) {
-            Step::Wait(_) => Ok(false),
-            Step::Take => {
-                let mut object = seen.object.clone();
-                let spec = object.spec.get_or_insert_default();
-                let is_ours = spec.holder_identity.as_deref() == Some(&self.options.identity);
-                if !is_ours {
-                    spec.lease_transitions = Some(spec.lease_transitions.unwrap_or_default().saturating_add(1));
-                    spec.acquire_time = Some(MicroTime(Timestamp::now()));
-                }
-                self.hold(spec);
-                self.write(object).await
-            }
-        }
-    }
-
-    async fn create(&mut self, sent: Instant) -> Result<bool, Error> {
-        let mut spec = LeaseSpec { acquire_time: Some(MicroTime(Timestamp::now())), ..LeaseSpec::default() };
-        self.hold(&mut spec);
-        let metadata = ObjectMeta { name: Some(self.options.name.clone()), ..ObjectMeta::default() };
-        let object = LeaseObject { metadata, spec: Some(spec) };
-        let params = PostParams::default();
-        match call("creating the lease", self.options.api_timeout, self.api.create(&params, &object)).await {
-            Ok(object) => {
-                self.saw(object);
-                self.held_until.send_replace(Some(sent + self.options.duration));
-                Ok(true)
-            }
-            // Somebody else was faster.
-            Err(error) if error.is_conflict() => Ok(false),
-            Err(error) => Err(error),
-        }
-    }
-
-    /// True if the lease is still ours. An answer that never came is looked into before anything is written again.
-    async fn renew(&mut self) -> Result<bool, Error> {
-        let Some(seen) = &self.seen else { return Ok(false) };
-        let mut object = seen.object.clone();
-        self.hold(object.spec.get_or_insert_default());
-        if self.write(object).await? {
-            return Ok(true);
-        }
-        let object = call("reading the lease", self.options.api_timeout, self.api.get(&self.options.name)).await?;
-        self.saw(object.clone());
-        if self.holder().as_deref() != Some(&self.options.identity) {
             return Ok(false);
         }
-        let mut object = object;
-        self.hold(object.spec.get_or_insert_default());
-        self.write(object).await
+        let object = Object { spec: Some(released(spec, Timestamp::now())), ..object };
+        self.api.replace(&self.options.name, &parameters(), &object).await?;
+        Ok(true)
     }
 
-    /// Writes the lease if nobody else has. False if somebody has.
-    async fn write(&mut self, object: LeaseObject) -> Result<bool, Error> {
-        let sent = Instant::now();
-        match self.replace(&object).await {
-            Ok(object) => {
-                self.saw(object);
-                self.held_until.send_replace(Some(sent + self.options.duration));
-                Ok(true)
+    /// One try to make or keep the lease ours, within `limit`.
+    async fn attempt(&mut self, limit: Duration) -> Attempt {
+        let outcome = timeout(limit, self.try_hold()).await;
+        if !matches!(outcome, Ok(Ok(Attempt::Held))) {
+            // Whatever was sent may have been carried out: the next try reads first.
+            self.stale = true;
+        }
+        let error = match outcome {
+            Ok(Ok(attempt)) => {
+                self.complaint.clear();
+                return attempt;
             }
-            Err(error) if error.is_conflict() => Ok(false),
-            Err(error) => Err(error),
+            Ok(Err(kube::Error::Api(status))) if status.code == 409 => return Attempt::Conflict,
+            Ok(Err(error)) => brief(&error),
+            Err(_) => format!("no answer within {limit:?}"),
+        };
+        if self.observed.is_none() {
+            let LeaseOptions { namespace, name, .. } = &self.options;
+            self.gates.close(GATE, &format!("the Lease {namespace}/{name} to be read: {error}"));
         }
+        if self.complaint != error {
+            tracing::warn!(lease = %self.options.name, %error, "the lease cannot be read or written");
+            self.complaint = error;
+        }
+        Attempt::Failed
     }
 
-    async fn replace(&self, object: &LeaseObject) -> Result<LeaseObject, Error> {
-        let params = PostParams::default();
-        let write = self.api.replace(&self.options.name, &params, object);
-        call("writing the lease", self.options.api_timeout, write).await
-    }
-
-    fn hold(&self, spec: &mut LeaseSpec) {
-        spec.holder_identity = Some(self.options.identity.clone());
-        spec.lease_duration_seconds = Some(i32::try_from(self.options.duration.as_secs().max(1)).unwrap_or(i32::MAX));
-        spec.renew_time = Some(MicroTime(Timestamp::now()));
-    }
-
-    /// Notes the lease as it is. What has not changed has been like that since we first saw it so.
-    fn saw(&mut self, object: LeaseObject) {
+    async fn try_hold(&mut self) -> Result<Attempt, kube::Error> {
+        if self.stale {
+            self.observe().await?;
+        }
+        let (object, since) = self.observed.clone().unwrap_or_else(|| (Object::default(), Instant::now()));
+        let spec = object.spec.unwrap_or_default();
+        let LeaseOptions { name, identity, duration, .. } = &self.options;
+        let decision = decide(&spec, since, Instant::now(), identity, *duration);
+        if let Decision::Wait(left) = decision {
+            return Ok(Attempt::HeldByOther(left));
+        }
+        let spec = held(spec, identity, *duration, decision == Decision::Acquire, Timestamp::now());
+        let sent = Instant::now();
+        let written = if object.metadata.resource_version.is_some() {
+            let object = Object { metadata: object.metadata, spec: Some(spec) };
+            self.api.replace(name, &parameters(), &object).await?
+        } else {
+            let metadata = ObjectMeta { name: Some(name.clone()), ..ObjectMeta::default() };
+            self.api.create(&parameters(), &Object { metadata, spec: Some(spec) }).await?
+        };
+        self.observed = Some((written, Instant::now()));
+        self.stale = false;
+        self.renewed = Some(sent);
+        self.held_until.send_replace(Some(sent + *duration));
         self.gates.open(GATE);
-        let version = |object: &LeaseObject| object.metadata.resource_version.clone();
-        let is_same = self.seen.as_ref().is_some_and(|seen| version(&seen.object) == version(&object));
-        if !is_same {
-            self.seen = Some(Seen { object, since: Instant::now() });
-        }
+        Ok(Attempt::Held)
+    }
+
+    /// Reads the object. A record that did not change keeps the time at which it was first seen.
+    async fn observe(&mut self) -> Result<(), kube::Error> {
+        let Some(object) = self.api.get_opt(&self.options.name).await? else {
+            self.observed = None;
+            return Ok(());
+        };
+        let since = match &self.observed {
+            Some((before, since)) if before.spec == object.spec => *since,
+            _ => Instant::now(),
+        };
+        self.observed = Some((object, since));
+        self.gates.open(GATE);
+        Ok(())
     }
 
     fn holder(&self) -> Option<String> {
-        self.seen.as_ref()?.object.spec.as_ref()?.holder_identity.clone()
+        let (object, _) = self.observed.as_ref()?;
+        object.spec.as_ref()?.holder_identity.clone().filter(|holder| !holder.is_empty())
     }
 
-    fn jittered(&self) -> Duration {
-        self.options.renew.mul_f64(0.8 + 0.4 * fastrand::f64())
+    fn lost(&mut self, why: &str) -> KeepEnd {
+        self.held_until.send_replace(None);
+        self.renewed = None;
+        self.stale = true;
+        tracing::warn!(lease = %self.options.name, holder = self.holder(), why, "lease lost");
+        KeepEnd::Lost
     }
 }
 
-/// Decides. The lease is free if nobody holds it, if we do, or if it has not changed for as long as its holder asked
-/// for. Its own times are not looked at: they are from another clock.
-fn decide(object: &LeaseObject, since: Instant, now: Instant, options: &LeaseOptions) -> Step {
-    let Some(spec) = &object.spec else { return Step::Take };
-    let holder = spec.holder_identity.as_deref().unwrap_or_default();
-    if holder.is_empty() || holder == options.identity {
-        return Step::Take;
+/// What to do about a record that has been as it is since `observed_at`. An absent one is the default. How long it
+/// holds is what its holder wrote into it, and `duration` where that is missing.
+fn decide(record: &LeaseSpec, observed_at: Instant, now: Instant, identity: &str, duration: Duration) -> Decision {
+    match record.holder_identity.as_deref() {
+        None | Some("") => return Decision::Acquire,
+        Some(holder) if holder == identity => return Decision::Renew,
+        Some(_) => {}
     }
-    let seconds = spec.lease_duration_seconds.and_then(|seconds| u64::try_from(seconds).ok());
-    let duration = seconds.map_or(options.duration, Duration::from_secs).max(options.duration);
-    let expires = since + duration;
-    if expires <= now { Step::Take } else { Step::Wait(expires - now) }
+    let written = record.lease_duration_seconds.and_then(|seconds| u64::try_from(seconds).ok());
+    let lasts = written.filter(|seconds| *seconds > 0).map_or(duration, Duration::from_secs);
+    match lasts.checked_sub(now.saturating_duration_since(observed_at)) {
+        None | Some(Duration::ZERO) => Decision::Acquire,
+        Some(left) => Decision::Wait(left),
+    }
+}
+
+/// The record of a lease that is ours. `taken`: it was not before.
+fn held(before: LeaseSpec, identity: &str, duration: Duration, taken: bool, now: Timestamp) -> LeaseSpec {
+    let transitions = before.lease_transitions.unwrap_or_default();
+    // Its first holder takes it from nobody.
+    let counts = taken && before.renew_time.is_some();
+    LeaseSpec {
+        holder_identity: Some(identity.to_owned()),
+        lease_duration_seconds: Some(whole_seconds(duration)),
+        lease_transitions: Some(if counts { transitions.saturating_add(1) } else { transitions }),
+        acquire_time: if taken { Some(MicroTime(now)) } else { before.acquire_time.clone() },
+        renew_time: Some(MicroTime(now)),
+        ..before
+    }
+}
+
+/// The record of a lease that is nobody's, as client-go writes it.
+fn released(before: LeaseSpec, now: Timestamp) -> LeaseSpec {
+    LeaseSpec {
+        holder_identity: Some(String::new()),
+        lease_duration_seconds: Some(1),
+        acquire_time: Some(MicroTime(now)),
+        renew_time: Some(MicroTime(now)),
+        ..before
+    }
+}
+
+/// Rounded up: others wait rather too long than too short.
+fn whole_seconds(duration: Duration) -> i32 {
+    let seconds = duration.as_secs() + u64::from(duration.subsec_nanos() > 0);
+    i32::try_from(seconds.max(1)).unwrap_or(i32::MAX)
+}
+
+/// Up to a fifth of `of`, so that replicas do not ask in step.
+fn jitter(of: Duration) -> Duration {
+    of.mul_f64(0.2 * fastrand::f64())
+}
+
+fn parameters() -> PostParams {
+    PostParams { field_manager: Some(MANAGER.to_owned()), ..PostParams::default() }
+}
+
+/// The API's own message, without the whole status that `Display` adds.
+fn brief(error: &kube::Error) -> String {
+    match error {
+        kube::Error::Api(status) => format!("{} {}", status.code, status.message),
+        other => other.to_string(),
+    }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn options() -> LeaseOptions {
-        LeaseOptions {
-            namespace: "n".into(),
-            name: "l".into(),
-            identity: "us".into(),
-            duration: Duration::from_secs(15),
-            renew: Duration::from_secs(3),
-            api_timeout: Duration::from_secs(10),
-        }
-    }
-
-    fn lease(holder: &str, renewed: Timestamp) -> LeaseObject {
-        let spec = LeaseSpec {
-            holder_identity: Some(holder.into()),
-            lease_duration_seconds: Some(15),
-            renew_time: Some(MicroTime(renewed)),
-            ..LeaseSpec::default()
-        };
-        LeaseObject { spec: Some(spec), ..LeaseObject::default() }
-    }
-
-    #[test]
-    fn expiry_is_counted_from_what_we_saw_and_not_from_their_clock() {
-        let since = Instant::now();
-        for renewed in [Timestamp::MIN, Timestamp::UNIX_EPOCH, Timestamp::MAX] {
-            let theirs = lease("them", renewed);
-            let at = |seconds| decide(&theirs, since, since + Duration::from_secs(seconds), &options());
-            assert_eq!(at(0), Step::Wait(Duration::from_secs(15)));
-            assert_eq!(at(14), Step::Wait(Duration::from_secs(1)));
-            assert_eq!(at(15), Step::Take);
-        }
-    }
-
-    #[test]
-    fn a_released_lease_and_our_own_are_taken_at_once() {
-        let now = Instant::now();
-        assert_eq!(decide(&lease("", Timestamp::UNIX_EPOCH), now, now, &options()), Step::Take);
-        assert_eq!(decide(&lease("us", Timestamp::UNIX_EPOCH), now, now, &options()), Step::Take);
-        assert_eq!(decide(&LeaseObject::default(), now, now, &options()), Step::Take);
-    }
-}
+mod tests;

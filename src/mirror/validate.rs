@@ -6,9 +6,10 @@ use std::{
     time::Duration,
 };
 
-use kube::{ResourceExt as _, core::Duration as GoDuration};
+use kube::ResourceExt as _;
 
 use crate::{
+    api::parse_duration,
     api::v1alpha1::{Image, ImageMirror, ImageMirrorSpec},
     oci::{Digest, Host, Reference, RepositoryName, Tag},
     schedule::{DEFAULT_INTERVAL, MIN_INTERVAL},
@@ -158,11 +159,10 @@ impl Errors {
 
     fn duration(&mut self, field: &str, text: Option<&str>, default: Duration, min: Duration) -> Duration {
         let Some(text) = text else { return default };
-        let parsed = text.parse::<GoDuration>().ok().filter(|duration| !duration.is_negative()).map(Duration::from);
-        match parsed {
+        match parse_duration(text) {
             Some(duration) if duration >= min => duration,
             Some(_) => {
-                self.add(field, &format!("{text} is too short, write at least {}", GoDuration::from(min)));
+                self.add(field, &format!("{text} is too short, write at least {}s", min.as_secs().max(1)));
                 default
             }
             None => {

@@ -1,43 +1,80 @@
-//! Log lines on standard error, as text for people or JSON for machines.
+//! Log lines: to standard error, as text for people or JSON for machines.
+//!
+//! A bare level is about `ImageMirror`; the libraries below it then speak from `warn` on. Whoever wants more writes a
+//! whole filter such as `info,hyper=debug` or `trace,imagemirror=trace` (the grammar is that of `tracing_subscriber::EnvFilter`).
 
-use std::io::IsTerminal as _;
+use std::io::{self, IsTerminal as _};
 
-use clap::ValueEnum;
 use serde::Deserialize;
-use tracing_subscriber::{EnvFilter, fmt};
+use tracing_subscriber::{EnvFilter, filter::LevelFilter};
 
 /// How log lines are written.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Deserialize)]
-#[serde(rename_all = "camelCase")]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
 pub enum Format {
     /// For people.
     #[default]
     Text,
-    /// One JSON object a line.
+    /// One object a line.
     Json,
 }
 
-/// Logging that could not be set up.
+/// Why nothing can be logged.
 #[derive(Debug, thiserror::Error)]
 pub enum LoggingError {
-    /// The filter does not parse.
+    /// The level is neither a level nor a filter.
     #[error("invalid log level {0:?}: write error, warn, info, debug, trace, or a filter such as info,hyper=debug")]
-    Filter(String),
-    /// There is a logger already.
-    #[error("logging has been set up before")]
-    Twice,
+    Level(String),
+    /// Logging was set up before.
+    #[error("logging cannot be set up: {0}")]
+    Init(Box<dyn std::error::Error + Send + Sync>),
 }
 
-/// Sets the process's logger. A bare level is for our own lines, with warnings of everything else; anything else is a
-/// filter as `tracing-subscriber` reads it.
+/// Sends log lines to standard error from now on. Works once in a process.
 pub fn init(format: Format, level: &str) -> Result<(), LoggingError> {
-    let is_bare = level.parse::<tracing::Level>().is_ok();
-    let directives = if is_bare { format!("warn,imagemirror={level}") } else { level.to_owned() };
-    let filter = EnvFilter::try_new(&directives).map_err(|_| LoggingError::Filter(level.to_owned()))?;
-    let builder = fmt().with_env_filter(filter).with_writer(std::io::stderr);
-    let result = match format {
-        Format::Text => builder.with_ansi(std::io::stderr().is_terminal()).try_init(),
-        Format::Json => builder.json().flatten_event(true).try_init(),
+    let builder = tracing_subscriber::fmt().with_env_filter(filter(level)?).with_writer(io::stderr);
+    match format {
+        Format::Text => builder.with_ansi(io::stderr().is_terminal()).try_init(),
+        Format::Json => builder.json().flatten_event(true).with_current_span(false).try_init(),
+    }
+    .map_err(LoggingError::Init)
+}
+
+/// The filter of a bare level, or of a whole filter.
+pub(crate) fn filter(level: &str) -> Result<EnvFilter, LoggingError> {
+    let level = level.trim();
+    if level.is_empty() {
+        return Err(LoggingError::Level(String::new()));
+    }
+    let bare = !level.contains(['=', ',', '[']);
+    let directives = match level.parse::<LevelFilter>() {
+        Ok(found) if bare => format!("warn,imagemirror={found}"),
+        // A single word that is no level would be taken for a module, and log nothing: a typing error.
+        Err(_) if bare => return Err(LoggingError::Level(level.to_owned())),
+        _ => level.to_owned(),
     };
-    result.map_err(|_| LoggingError::Twice)
+    EnvFilter::builder().parse(directives).map_err(|_| LoggingError::Level(level.to_owned()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_bare_level_is_about_imagemirror() {
+        assert_eq!(filter("debug").unwrap().to_string(), "imagemirror=debug,warn");
+        assert_eq!(filter(" INFO ").unwrap().to_string(), "imagemirror=info,warn");
+    }
+
+    #[test]
+    fn a_whole_filter_is_taken_as_it_is() {
+        assert_eq!(filter("info,hyper=debug").unwrap().to_string(), "hyper=debug,info");
+    }
+
+    #[test]
+    fn a_typing_error_is_refused() {
+        for wrong in ["inof", "", "imagemirror=lots", "7"] {
+            assert!(matches!(filter(wrong), Err(LoggingError::Level(_))), "{wrong}");
+        }
+    }
 }

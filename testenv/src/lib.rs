@@ -9,6 +9,7 @@
 pub mod certs;
 pub mod client;
 pub mod controlplane;
+pub mod demo;
 pub mod env;
 pub mod forwarder;
 pub mod guard;

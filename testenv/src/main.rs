@@ -1,7 +1,8 @@
 //! The `testenv` program: `testenv up -- COMMAND` runs COMMAND with a control plane and registries around it;
-//! `testenv tools` builds the programs this needs and prints their directory.
+//! `testenv demo` shows the operator at work; `testenv tools` builds the programs this needs and prints their directory.
 
 use std::ffi::OsString;
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
@@ -20,6 +21,15 @@ enum Sub {
         #[arg(last = true, required = true)]
         command: Vec<OsString>,
     },
+    /// Show the operator at work, from installation to a restored tag (`make demo`).
+    Demo {
+        /// The operator's program.
+        #[arg(long)]
+        binary: PathBuf,
+        /// Leave everything running until Ctrl-C, and say what to try.
+        #[arg(long)]
+        keep: bool,
+    },
     /// Build what is missing and print the directory of the programs.
     Tools,
     /// Kill what is left when the supervisor is gone.
@@ -30,6 +40,7 @@ enum Sub {
 fn main() -> ExitCode {
     let result = match Arguments::parse().command {
         Sub::Up { command } => testenv::supervisor::up(&command),
+        Sub::Demo { binary, keep } => testenv::demo::run(&testenv::demo::Options { binary, keep }),
         Sub::Tools => testenv::supervisor::tools(),
         Sub::Guard => testenv::guard::run().map(|()| 0),
     };

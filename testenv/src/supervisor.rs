@@ -44,7 +44,7 @@ pub fn tools() -> Result<u8> {
 }
 
 /// Runs `work` with a run directory and a guard, until it ends or a signal comes.
-fn session(work: impl AsyncFnOnce(&Path) -> Result<u8>) -> Result<u8> {
+pub(crate) fn session(work: impl AsyncFnOnce(&Path) -> Result<u8>) -> Result<u8> {
     let (run_dir, guard) = start_guard()?;
     guard::attach(&run_dir);
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
@@ -130,13 +130,13 @@ fn start_guard() -> Result<(PathBuf, Guard)> {
 }
 
 /// Everything that runs beside the command.
-struct Parts {
-    env: Env,
+pub(crate) struct Parts {
+    pub(crate) env: Env,
     _running: (ControlPlane, TokenServer, [RegistryServer; 3]),
 }
 
 impl Parts {
-    async fn start(tools: &Tools, run_dir: &Path) -> Result<Self> {
+    pub(crate) async fn start(tools: &Tools, run_dir: &Path) -> Result<Self> {
         let (ca_path, ca_key_path) = (run_dir.join("ca.pem"), run_dir.join("ca.key"));
         let ca = Ca::generate()?;
         ca.save(&ca_path, &ca_key_path)?;

@@ -1,1 +1,254 @@
-//! To come.
+//! What happens while a run goes on: the spec changes, the object or the operator goes away, another replica leads.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use kube::api::DeleteParams;
+use serde_json::json;
+use testenv::{
+    images::Image,
+    proxy::{Action, Gate, Matcher, Proxy, Route},
+};
+use tokio::time::Instant;
+
+use crate::support::{Place, condition, eventually};
+
+/// An image with a layer that takes its time, and a target that counts.
+struct Slow {
+    place: Place,
+    source: Proxy,
+    target: Proxy,
+    image: Image,
+}
+
+impl Slow {
+    /// The source sends so many bytes a second.
+    async fn new(test: &str, bytes_per_second: u64) -> Result<Self> {
+        let place = Place::new(test).await?;
+        let image = Image::multi_arch(41, &[2_000_000, 3_000_000], &["linux/amd64", "linux/arm64"]);
+        place.push(&place.env.source, "agent", "1", &image).await?;
+        let source = Proxy::to(place.env, &place.env.source)
+            .label("source")
+            .bytes_per_second_down(bytes_per_second)
+            .start()
+            .await?;
+        let target = Proxy::to(place.env, &place.env.target).label("target").start().await?;
+        place.pull_secret("pull", &[source.registry(), &place.env.source]).await?;
+        place.pull_secret("push", &[target.registry()]).await?;
+        Ok(Self { place, source, target, image })
+    }
+
+    fn spec(&self, tags: &[&str]) -> serde_json::Value {
+        self.place.spec(self.source.registry(), self.target.registry(), &[("agent", tags)])
+    }
+
+    /// Waits until bytes of a large blob are on their way to the target.
+    async fn until_copying(&self) -> Result<()> {
+        self.target.wait_for_request(&Matcher::new().method("PUT").route(Route::Upload)).await
+    }
+
+    fn tag_writes(&self) -> usize {
+        self.target.count(&Matcher::new().method("PUT").route(Route::Manifest).reference("1"))
+    }
+}
+
+#[tokio::test]
+async fn an_operator_killed_in_mid_copy_is_followed_by_one_that_finishes() -> Result<()> {
+    let slow = Slow::new("killed", 3_000_000).await?;
+    let operator = slow.place.operator().await?;
+    slow.place.apply("m", &slow.spec(&["1"])).await?;
+    slow.until_copying().await?;
+    operator.process.kill().await?;
+    ensure!(slow.tag_writes() == 0, "the tag was written before its content");
+    let _operator = slow.place.operator().await?;
+    slow.place.until_ready("m").await?;
+    ensure!(slow.place.holds(&slow.place.env.target, "agent", "1", &slow.image).await?);
+    let violations = slow.target.violations();
+    ensure!(violations.is_empty(), "manifests were written before their children: {violations:?}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn progress_is_seen_while_it_is_made() -> Result<()> {
+    let slow = Slow::new("progress", 2_000_000).await?;
+    let _operator = slow.place.operator().await?;
+    slow.place.apply("m", &slow.spec(&["1"])).await?;
+    let seen =
+        slow.place.until("m", "progress", |status| status.progress.is_some_and(|progress| progress.bytes_done > 0));
+    let status = seen.await?.status.unwrap_or_default();
+    let progress = status.progress.context("progress")?;
+    ensure!(progress.bytes_done <= progress.bytes_total && progress.images_total == 1);
+    ensure!(condition(&status, "Ready") == ("Unknown", "Progressing"));
+    ensure!(condition(&status, "TargetInSync") == ("False", "Progressing"));
+    let status = slow.place.until_ready("m").await?.status.unwrap_or_default();
+    ensure!(status.progress.is_none());
+    let layers: usize = slow.image.blobs.iter().map(|blob| blob.bytes.len()).sum();
+    let copied = status.last_sync.context("lastSync")?.bytes_copied;
+    ensure!(copied == i64::try_from(layers)?, "{copied} bytes copied of {layers}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn deleting_the_object_stops_its_run_within_two_seconds_and_no_tag_is_written() -> Result<()> {
+    let slow = Slow::new("deleted", 1_000_000).await?;
+    let _operator = slow.place.operator().await?;
+    slow.place.apply("m", &slow.spec(&["1"])).await?;
+    slow.until_copying().await?;
+    slow.place.mirrors().delete("m", &DeleteParams::default()).await?;
+    let deleted = Instant::now();
+    // The run gives up what it opened: that is the last that is heard of it.
+    let given_up = Matcher::new().method("DELETE").route(Route::Upload);
+    slow.target.wait_for_request(&given_up).await?;
+    ensure!(deleted.elapsed() < Duration::from_secs(2), "it took {:?}", deleted.elapsed());
+    eventually("every request to the source to end", || async {
+        Ok(slow.source.requests().iter().all(|exchange| exchange.done))
+    })
+    .await?;
+    ensure!(slow.tag_writes() == 0, "a tag was written after its object was deleted");
+    ensure!(slow.place.digest_of(&slow.place.env.target, "agent", "1").await?.is_none());
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_changed_spec_cancels_the_run_and_starts_another() -> Result<()> {
+    let slow = Slow::new("changed", 1_500_000).await?;
+    slow.place.push(&slow.place.env.source, "agent", "2", &Image::single(42, &[1000])).await?;
+    let _operator = slow.place.operator().await?;
+    slow.place.apply("m", &slow.spec(&["1"])).await?;
+    slow.until_copying().await?;
+    // The same object with another tag: what is being copied is wanted no more.
+    slow.place.apply("m", &slow.spec(&["2"])).await?;
+    let mirror = slow.place.until_ready("m").await?;
+    let status = mirror.status.unwrap_or_default();
+    ensure!(status.images.iter().map(|image| image.tag.as_str()).eq(["2"]));
+    ensure!(status.last_sync.context("lastSync")?.generation == 2);
+    ensure!(slow.tag_writes() == 0, "the tag of the old spec was written");
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_change_that_does_not_alter_the_outcome_leaves_the_run_alone() -> Result<()> {
+    let slow = Slow::new("unaltered", 3_000_000).await?;
+    let _operator = slow.place.operator().await?;
+    let mut spec = slow.spec(&["1"]);
+    slow.place.apply("m", &spec).await?;
+    slow.until_copying().await?;
+    spec["interval"] = json!("2h");
+    slow.place.apply("m", &spec).await?;
+    let status = slow.place.until_ready("m").await?.status.unwrap_or_default();
+    ensure!(status.observed_generation == 2);
+    ensure!(status.last_sync.context("lastSync")?.generation == 1, "the run was started again");
+    ensure!(slow.target.count(&Matcher::new().method("DELETE").route(Route::Upload)) == 0, "uploads were given up");
+    // And once idle: only the generations move.
+    spec["interval"] = json!("3h");
+    slow.place.apply("m", &spec).await?;
+    let status = slow.place.until_ready("m").await?.status.unwrap_or_default();
+    ensure!(status.observed_generation == 3 && status.last_sync.context("lastSync")?.generation == 1);
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_suspended_object_starts_nothing_until_it_is_resumed() -> Result<()> {
+    let slow = Slow::new("suspended", 50_000_000).await?;
+    let _operator = slow.place.operator().await?;
+    let mut spec = slow.spec(&["1"]);
+    spec["suspend"] = json!(true);
+    slow.place.apply("m", &spec).await?;
+    let status = slow.place.until_reason("m", "Suspended").await?.status.unwrap_or_default();
+    ensure!(condition(&status, "Reconciling") == ("", ""));
+    ensure!(slow.source.requests().is_empty() && slow.target.requests().is_empty(), "a run was started");
+    spec["suspend"] = json!(false);
+    slow.place.apply("m", &spec).await?;
+    slow.place.until_ready("m").await?;
+    spec["suspend"] = json!(true);
+    slow.place.apply("m", &spec).await?;
+    let status = slow.place.until_ready("m").await?.status.unwrap_or_default();
+    ensure!(status.observed_generation == 3, "Ready stays for a spec that has been carried out");
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_signal_ends_the_operator_in_order() -> Result<()> {
+    let slow = Slow::new("signal", 1_000_000).await?;
+    let mut operator = slow.place.operator().await?;
+    slow.place.apply("m", &slow.spec(&["1"])).await?;
+    slow.until_copying().await?;
+    operator.process.signal(nix::sys::signal::Signal::SIGTERM)?;
+    let status = tokio::time::timeout(Duration::from_secs(25), operator.process.wait()).await??;
+    ensure!(status.success(), "it ended with {status}");
+    let given_up = slow.target.count(&Matcher::new().method("DELETE").route(Route::Upload));
+    ensure!(given_up > 0, "no upload was given up");
+    let leases = slow.place.kubectl(&["get", "lease", "imagemirror", "-o", "jsonpath={.spec.holderIdentity}"])?;
+    ensure!(leases.is_empty(), "the lease is still held by {leases:?}");
+    ensure!(slow.tag_writes() == 0);
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_standby_is_ready_and_takes_over_when_the_leader_dies() -> Result<()> {
+    let slow = Slow::new("standby", 50_000_000).await?;
+    let leader = slow.place.operator().await?;
+    eventually("the first to lead", || async { Ok(leader.get("/metrics").await?.1.contains("imagemirror_leader 1")) })
+        .await?;
+    let standby = slow.place.operator().await?;
+    eventually("the standby to be ready", || async { Ok(standby.get("/readyz").await?.0 == 200) }).await?;
+    ensure!(standby.get("/metrics").await?.1.contains("imagemirror_leader 0"), "there are two leaders");
+    leader.process.kill().await?;
+    slow.place.apply("m", &slow.spec(&["1"])).await?;
+    slow.place.until_ready("m").await?;
+    ensure!(standby.get("/metrics").await?.1.contains("imagemirror_leader 1"));
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_leader_that_cannot_renew_writes_no_tag() -> Result<()> {
+    let slow = Slow::new("fenced", 50_000_000).await?;
+    let operator = slow.place.operator().await?;
+    // Held where everything but the tag is at the target: then the operator sleeps past its lease.
+    let gate = Gate::new();
+    let last = Matcher::new().method("PUT").route(Route::Manifest).reference(slow.image.manifests[1].digest.as_str());
+    slow.target.rule(last, Action::GateAnswer(gate.clone()));
+    slow.place.apply("m", &slow.spec(&["1"])).await?;
+    gate.arrived(1).await?;
+    operator.process.signal(nix::sys::signal::Signal::SIGSTOP)?;
+    let other = slow.place.operator().await?;
+    slow.target.clear();
+    eventually("the other to lead", || async { Ok(other.get("/metrics").await?.1.contains("imagemirror_leader 1")) })
+        .await?;
+    slow.place.until_ready("m").await?;
+    let before = slow.tag_writes();
+    operator.process.signal(nix::sys::signal::Signal::SIGCONT)?;
+    gate.open();
+    eventually("the old leader to know", || async {
+        Ok(operator.get("/metrics").await?.1.contains("imagemirror_leader 0"))
+    })
+    .await?;
+    ensure!(slow.tag_writes() == before, "the old leader wrote a tag after the new one");
+    Ok(())
+}
+
+#[tokio::test]
+async fn probes_say_what_is_waited_for_and_metrics_what_there_is() -> Result<()> {
+    let slow = Slow::new("probes", 50_000_000).await?;
+    let operator = slow.place.operator().await?;
+    eventually("readiness", || async { Ok(operator.get("/readyz").await?.0 == 200) }).await?;
+    let (status, ready) = operator.get("/readyz").await?;
+    ensure!(status == 200 && ready.contains("crd: ready") && ready.contains("lease: ready"), "{ready}");
+    ensure!(operator.get("/livez").await?.0 == 200);
+    slow.place.apply("m", &slow.spec(&["1"])).await?;
+    slow.place.until_ready("m").await?;
+    let images = format!(r#"imagemirror_images{{namespace="{}",name="m",state="synced"}} 1"#, slow.place.namespace);
+    eventually("the metrics of the object", || async { Ok(operator.get("/metrics").await?.1.contains(&images)) })
+        .await?;
+    let (_, metrics) = operator.get("/metrics").await?;
+    for name in [
+        "imagemirror_condition{",
+        "imagemirror_sync_duration_seconds_bucket",
+        "imagemirror_build_info{",
+        "imagemirror_queue_depth 0",
+    ] {
+        ensure!(metrics.contains(name), "no {name} in {metrics}");
+    }
+    ensure!(!metrics.contains("agent"), "the name of an image is a label");
+    Ok(())
+}

@@ -77,7 +77,7 @@ impl Place {
 
     pub async fn operator_with(&self, timing: &Value, level: &str) -> Result<Operator> {
         let mut times = json!({
-            "apiTimeout": "5s", "leaseDuration": "3s", "leaseRenew": "500ms", "tagWriteTimeout": "2s", "tagWriteMargin": "2200ms",
+            "apiTimeout": "5s", "leaseDuration": "3s", "leaseRenew": "500ms", "tagWriteTimeout": "1200ms", "tagWriteMargin": "2200ms",
             "retryTransientMin": "500ms", "retryTransientMax": "2s", "retryAuth": "10m", "secretRetry": "200ms",
             "progressFirst": "200ms", "progressInterval": "200ms", "backoffFirst": "20ms", "backoffMax": "100ms",
             "headTimeout": "10s", "idleTimeout": "10s", "shutdown": "10s",

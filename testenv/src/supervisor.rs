@@ -29,7 +29,7 @@ const TOOLS_VARIABLE: &str = "TESTENV_BIN";
 pub fn up(command: &[OsString]) -> Result<u8> {
     session(async |run_dir: &Path| {
         let tools = tools::find_all().await?;
-        let parts = Parts::start(&tools, run_dir).await?;
+        let parts = Parts::start(&tools, run_dir, TokenOptions::default()).await?;
         parts.env.save()?;
         foreground(command, &tools).await
     })
@@ -136,11 +136,11 @@ pub(crate) struct Parts {
 }
 
 impl Parts {
-    pub(crate) async fn start(tools: &Tools, run_dir: &Path) -> Result<Self> {
+    pub(crate) async fn start(tools: &Tools, run_dir: &Path, tokens: TokenOptions) -> Result<Self> {
         let (ca_path, ca_key_path) = (run_dir.join("ca.pem"), run_dir.join("ca.key"));
         let ca = Ca::generate()?;
         ca.save(&ca_path, &ca_key_path)?;
-        let tokens = TokenServer::start(&ca, &log_path(run_dir, "token"), TokenOptions::default()).await?;
+        let tokens = TokenServer::start(&ca, &log_path(run_dir, "token"), tokens).await?;
         let token = tokens.endpoint().clone();
         let puller = ("puller".to_owned(), "puller-password-1234".to_owned());
         let options =

@@ -48,7 +48,7 @@ impl User {
 /// What others know of a token server.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct TokenEndpoint {
-    /// The realm: `https://127.0.0.1:PORT/token`.
+    /// The realm: `https://127.0.0.1:PORT/token`, or another name of this machine.
     pub url: String,
     pub service: String,
     pub issuer: String,
@@ -95,6 +95,8 @@ impl TokenEndpoint {
 /// What the server does.
 #[derive(Clone, Debug)]
 pub struct TokenOptions {
+    /// The realm's host: a name of this machine that is in the certificate.
+    pub host: String,
     pub service: String,
     pub issuer: String,
     pub users: Vec<User>,
@@ -107,6 +109,7 @@ pub struct TokenOptions {
 impl Default for TokenOptions {
     fn default() -> Self {
         Self {
+            host: "127.0.0.1".to_owned(),
             service: "testenv".to_owned(),
             issuer: "testenv-tokens".to_owned(),
             users: vec![
@@ -131,7 +134,7 @@ impl TokenServer {
         let key = KeyPair::generate()?;
         let listener = TcpListener::bind(("127.0.0.1", 0)).await?;
         let endpoint = TokenEndpoint {
-            url: format!("https://{}/token", listener.local_addr()?),
+            url: format!("https://{}:{}/token", options.host, listener.local_addr()?.port()),
             service: options.service.clone(),
             issuer: options.issuer.clone(),
             jwks: key_set(&key),

@@ -17,7 +17,7 @@ async fn prepared(test: &str) -> Result<(Place, crate::support::Operator, Image)
     let place = Place::new(test).await?;
     let image = Image::single(7, &[10_000]);
     place.push(&place.env.source, "agent", "1", &image).await?;
-    let operator = place.operator().await?;
+    let operator = place.operator()?;
     Ok((place, operator, image))
 }
 

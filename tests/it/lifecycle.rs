@@ -55,12 +55,12 @@ impl Slow {
 #[tokio::test]
 async fn an_operator_killed_in_mid_copy_is_followed_by_one_that_finishes() -> Result<()> {
     let slow = Slow::new("killed", 3_000_000).await?;
-    let operator = slow.place.operator().await?;
+    let operator = slow.place.operator()?;
     slow.place.apply("m", &slow.spec(&["1"])).await?;
     slow.until_copying().await?;
     operator.process.kill().await?;
     ensure!(slow.tag_writes() == 0, "the tag was written before its content");
-    let _operator = slow.place.operator().await?;
+    let _operator = slow.place.operator()?;
     slow.place.until_ready("m").await?;
     ensure!(slow.place.holds(&slow.place.env.target, "agent", "1", &slow.image).await?);
     let violations = slow.target.violations();
@@ -71,7 +71,7 @@ async fn an_operator_killed_in_mid_copy_is_followed_by_one_that_finishes() -> Re
 #[tokio::test]
 async fn progress_is_seen_while_it_is_made() -> Result<()> {
     let slow = Slow::new("progress", 2_000_000).await?;
-    let _operator = slow.place.operator().await?;
+    let _operator = slow.place.operator()?;
     slow.place.apply("m", &slow.spec(&["1"])).await?;
     let seen =
         slow.place.until("m", "progress", |status| status.progress.is_some_and(|progress| progress.bytes_done > 0));
@@ -91,7 +91,7 @@ async fn progress_is_seen_while_it_is_made() -> Result<()> {
 #[tokio::test]
 async fn deleting_the_object_stops_its_run_within_two_seconds_and_no_tag_is_written() -> Result<()> {
     let slow = Slow::new("deleted", 1_000_000).await?;
-    let _operator = slow.place.operator().await?;
+    let _operator = slow.place.operator()?;
     slow.place.apply("m", &slow.spec(&["1"])).await?;
     slow.until_copying().await?;
     slow.place.mirrors().delete("m", &DeleteParams::default()).await?;
@@ -113,7 +113,7 @@ async fn deleting_the_object_stops_its_run_within_two_seconds_and_no_tag_is_writ
 async fn a_changed_spec_cancels_the_run_and_starts_another() -> Result<()> {
     let slow = Slow::new("changed", 1_500_000).await?;
     slow.place.push(&slow.place.env.source, "agent", "2", &Image::single(42, &[1000])).await?;
-    let _operator = slow.place.operator().await?;
+    let _operator = slow.place.operator()?;
     slow.place.apply("m", &slow.spec(&["1"])).await?;
     slow.until_copying().await?;
     // The same object with another tag: what is being copied is wanted no more.
@@ -129,7 +129,7 @@ async fn a_changed_spec_cancels_the_run_and_starts_another() -> Result<()> {
 #[tokio::test]
 async fn a_change_that_does_not_alter_the_outcome_leaves_the_run_alone() -> Result<()> {
     let slow = Slow::new("unaltered", 3_000_000).await?;
-    let _operator = slow.place.operator().await?;
+    let _operator = slow.place.operator()?;
     let mut spec = slow.spec(&["1"]);
     slow.place.apply("m", &spec).await?;
     slow.until_copying().await?;
@@ -150,7 +150,7 @@ async fn a_change_that_does_not_alter_the_outcome_leaves_the_run_alone() -> Resu
 #[tokio::test]
 async fn a_suspended_object_starts_nothing_until_it_is_resumed() -> Result<()> {
     let slow = Slow::new("suspended", 50_000_000).await?;
-    let _operator = slow.place.operator().await?;
+    let _operator = slow.place.operator()?;
     let mut spec = slow.spec(&["1"]);
     spec["suspend"] = json!(true);
     slow.place.apply("m", &spec).await?;
@@ -170,7 +170,7 @@ async fn a_suspended_object_starts_nothing_until_it_is_resumed() -> Result<()> {
 #[tokio::test]
 async fn a_signal_ends_the_operator_in_order() -> Result<()> {
     let slow = Slow::new("signal", 1_000_000).await?;
-    let mut operator = slow.place.operator().await?;
+    let mut operator = slow.place.operator()?;
     slow.place.apply("m", &slow.spec(&["1"])).await?;
     slow.until_copying().await?;
     operator.process.signal(nix::sys::signal::Signal::SIGTERM)?;
@@ -187,10 +187,10 @@ async fn a_signal_ends_the_operator_in_order() -> Result<()> {
 #[tokio::test]
 async fn a_standby_is_ready_and_takes_over_when_the_leader_dies() -> Result<()> {
     let slow = Slow::new("standby", 50_000_000).await?;
-    let leader = slow.place.operator().await?;
+    let leader = slow.place.operator()?;
     eventually("the first to lead", || async { Ok(leader.get("/metrics").await?.1.contains("imagemirror_leader 1")) })
         .await?;
-    let standby = slow.place.operator().await?;
+    let standby = slow.place.operator()?;
     eventually("the standby to be ready", || async { Ok(standby.get("/readyz").await?.0 == 200) }).await?;
     ensure!(standby.get("/metrics").await?.1.contains("imagemirror_leader 0"), "there are two leaders");
     leader.process.kill().await?;
@@ -203,7 +203,7 @@ async fn a_standby_is_ready_and_takes_over_when_the_leader_dies() -> Result<()> 
 #[tokio::test]
 async fn a_leader_that_cannot_renew_writes_no_tag() -> Result<()> {
     let slow = Slow::new("fenced", 50_000_000).await?;
-    let operator = slow.place.operator().await?;
+    let operator = slow.place.operator()?;
     // Held where everything but the tag is at the target: then the operator sleeps past its lease.
     let gate = Gate::new();
     let last = Matcher::new().method("PUT").route(Route::Manifest).reference(slow.image.manifests[1].digest.as_str());
@@ -211,7 +211,7 @@ async fn a_leader_that_cannot_renew_writes_no_tag() -> Result<()> {
     slow.place.apply("m", &slow.spec(&["1"])).await?;
     gate.arrived(1).await?;
     operator.process.signal(nix::sys::signal::Signal::SIGSTOP)?;
-    let other = slow.place.operator().await?;
+    let other = slow.place.operator()?;
     slow.target.clear();
     eventually("the other to lead", || async { Ok(other.get("/metrics").await?.1.contains("imagemirror_leader 1")) })
         .await?;
@@ -230,7 +230,7 @@ async fn a_leader_that_cannot_renew_writes_no_tag() -> Result<()> {
 #[tokio::test]
 async fn probes_say_what_is_waited_for_and_metrics_what_there_is() -> Result<()> {
     let slow = Slow::new("probes", 50_000_000).await?;
-    let operator = slow.place.operator().await?;
+    let operator = slow.place.operator()?;
     eventually("readiness", || async { Ok(operator.get("/readyz").await?.0 == 200) }).await?;
     let (status, ready) = operator.get("/readyz").await?;
     ensure!(status == 200 && ready.contains("crd: ready") && ready.contains("lease: ready"), "{ready}");

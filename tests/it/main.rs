@@ -8,5 +8,6 @@ mod boundaries;
 mod engine;
 mod lifecycle;
 mod main_job;
+mod packaging;
 mod secrecy;
 mod support;

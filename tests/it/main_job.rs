@@ -20,7 +20,7 @@ async fn three_images_arrive_and_kubectl_says_so() -> Result<()> {
     for (name, image) in &images {
         place.push(source, name, "7.70.0", image).await?;
     }
-    let _operator = place.operator().await?;
+    let _operator = place.operator()?;
     let spec = place.spec(source, target, &images.each_ref().map(|(name, _)| (*name, &["7.70.0"][..])));
     place.apply("datadog", &spec).await?;
 
@@ -81,7 +81,7 @@ async fn a_moved_source_tag_comes_over_and_a_deleted_target_tag_comes_back_when_
     let (source, target) = (&place.env.source, &place.env.target);
     let (old, new) = (Image::multi_arch(11, &[50_000], &PLATFORMS), Image::multi_arch(12, &[60_000], &PLATFORMS));
     place.push(source, "agent", "latest", &old).await?;
-    let _operator = place.operator().await?;
+    let _operator = place.operator()?;
     place.apply("m", &place.spec(source, target, &[("agent", &["latest"])])).await?;
     place.until_ready("m").await?;
 
@@ -107,7 +107,7 @@ async fn a_pinned_digest_is_copied_under_the_tags_that_are_named() -> Result<()>
     let (pinned, moved) = (Image::single(21, &[1000]), Image::single(22, &[1000]));
     place.push(source, "agent", "1", &pinned).await?;
     place.push(source, "agent", "1", &moved).await?;
-    let _operator = place.operator().await?;
+    let _operator = place.operator()?;
     let mut spec = place.spec(source, target, &[]);
     let repository = format!("{}/{}", source.host, place.repository("agent"));
     spec["images"] = serde_json::json!([

@@ -12,8 +12,7 @@ async fn no_password_is_in_any_log_event_status_or_metric() -> Result<()> {
     let (source, target) = (&place.env.source, &place.env.target);
     let image = Image::single(31, &[2_000_000, 10]);
     place.push(source, "agent", "1", &image).await?;
-    let operator =
-        place.operator_with(&serde_json::json!({}), "trace,hyper=trace,h2=trace,rustls=trace,kube=trace").await?;
+    let operator = place.operator_with(&serde_json::json!({}), "trace,hyper=trace,h2=trace,rustls=trace,kube=trace")?;
     // One object that works, and one whose password is refused.
     place.apply("good", &place.spec(source, target, &[("agent", &["1"])])).await?;
     place.until_ready("good").await?;

@@ -24,27 +24,27 @@ use testenv::{Env, Process, Registry, images::Image};
 use tokio::sync::OnceCell;
 
 /// Longer than anything a test waits for should take, on a busy machine.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const PATIENCE: Duration = Duration::from_mins(1);
 
 /// A place for one test.
-pub struct Place {
-    pub env: &'static Env,
-    pub client: Client,
-    pub namespace: String,
+pub(crate) struct Place {
+    pub(crate) env: &'static Env,
+    pub(crate) client: Client,
+    pub(crate) namespace: String,
     /// The first part of every repository that the test uses.
-    pub prefix: String,
+    pub(crate) prefix: String,
     kubeconfig: PathBuf,
 }
 
 /// A running operator.
-pub struct Operator {
-    pub process: Process,
-    pub log: PathBuf,
-    pub listen: String,
+pub(crate) struct Operator {
+    pub(crate) process: Process,
+    pub(crate) log: PathBuf,
+    pub(crate) listen: String,
 }
 
 impl Place {
-    pub async fn new(test: &str) -> Result<Self> {
+    pub(crate) async fn new(test: &str) -> Result<Self> {
         let env = Env::get();
         // The first of the tests that run side by side installs it for all.
         let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
@@ -66,16 +66,16 @@ impl Place {
         Ok(place)
     }
 
-    pub fn repository(&self, name: &str) -> String {
+    pub(crate) fn repository(&self, name: &str) -> String {
         format!("{}/{name}", self.prefix)
     }
 
     /// An operator for this namespace alone, with times that suit a test.
-    pub async fn operator(&self) -> Result<Operator> {
-        self.operator_with(&json!({}), "debug").await
+    pub(crate) fn operator(&self) -> Result<Operator> {
+        self.operator_with(&json!({}), "debug")
     }
 
-    pub async fn operator_with(&self, timing: &Value, level: &str) -> Result<Operator> {
+    pub(crate) fn operator_with(&self, timing: &Value, level: &str) -> Result<Operator> {
         let mut times = json!({
             "apiTimeout": "5s", "leaseDuration": "3s", "leaseRenew": "500ms", "tagWriteTimeout": "1200ms", "tagWriteMargin": "2200ms",
             "retryTransientMin": "500ms", "retryTransientMax": "2s", "retryAuth": "10m", "secretRetry": "200ms",
@@ -106,7 +106,7 @@ impl Place {
         Ok(Operator { process, log, listen })
     }
 
-    pub async fn secret(&self, name: &str, type_: &str, data: &[(&str, &str)]) -> Result<()> {
+    pub(crate) async fn secret(&self, name: &str, type_: &str, data: &[(&str, &str)]) -> Result<()> {
         let data = data.iter().map(|(key, value)| ((*key).to_owned(), ByteString(value.as_bytes().to_vec())));
         let secret = Secret {
             metadata: ObjectMeta { name: Some(name.into()), ..ObjectMeta::default() },
@@ -123,7 +123,7 @@ impl Place {
         Ok(())
     }
 
-    pub async fn pull_secret(&self, name: &str, registries: &[&Registry]) -> Result<()> {
+    pub(crate) async fn pull_secret(&self, name: &str, registries: &[&Registry]) -> Result<()> {
         let mut auths = serde_json::Map::new();
         for registry in registries {
             let config: Value = serde_json::from_str(&registry.dockerconfigjson())?;
@@ -134,14 +134,18 @@ impl Place {
     }
 
     /// A spec that mirrors these images from `source` to `target` with the Secrets of this place.
-    pub fn spec(&self, source: &Registry, target: &Registry, images: &[(&str, &[&str])]) -> Value {
+    pub(crate) fn spec(&self, source: &Registry, target: &Registry, images: &[(&str, &[&str])]) -> Value {
         let images: Vec<Value> = images
             .iter()
             .map(|(name, tags)| json!({"source": format!("{}/{}", source.host, self.repository(name)), "tags": tags}))
             .collect();
-        let registry = |registry: &Registry| match registry.tls {
-            true => json!({"host": registry.host, "certSecretRef": {"name": "ca"}}),
-            false => json!({"host": registry.host, "plainHTTP": true}),
+        let registry = |registry: &Registry| {
+            let how = if registry.tls { json!({"certSecretRef": {"name": "ca"}}) } else { json!({"plainHTTP": true}) };
+            let mut entry = json!({"host": registry.host});
+            if let (Some(entry), Some(how)) = (entry.as_object_mut(), how.as_object()) {
+                entry.extend(how.clone());
+            }
+            entry
         };
         let mut registries = vec![registry(source)];
         if source.host != target.host {
@@ -159,12 +163,12 @@ impl Place {
         })
     }
 
-    pub fn mirrors(&self) -> Api<ImageMirror> {
+    pub(crate) fn mirrors(&self) -> Api<ImageMirror> {
         Api::namespaced(self.client.clone(), &self.namespace)
     }
 
     /// Applies an `ImageMirror`, as `kubectl apply --server-side` does.
-    pub async fn apply(&self, name: &str, spec: &Value) -> Result<ImageMirror> {
+    pub(crate) async fn apply(&self, name: &str, spec: &Value) -> Result<ImageMirror> {
         let object = json!({
             "apiVersion": "imagemirror.dev/v1alpha1", "kind": "ImageMirror",
             "metadata": {"name": name, "namespace": self.namespace}, "spec": spec,
@@ -174,7 +178,7 @@ impl Place {
     }
 
     /// Asks for a sync now and waits for its end.
-    pub async fn request(&self, name: &str) -> Result<ImageMirror> {
+    pub(crate) async fn request(&self, name: &str) -> Result<ImageMirror> {
         let token = format!("t{:08x}", fastrand::u32(..));
         let patch = json!({"metadata": {"annotations": {"imagemirror.dev/requestedAt": token}}});
         self.mirrors().patch(name, &PatchParams::default(), &Patch::Merge(&patch)).await?;
@@ -186,7 +190,7 @@ impl Place {
     }
 
     /// Waits until the status is as wanted; says what it was instead when that takes too long.
-    pub async fn until(
+    pub(crate) async fn until(
         &self,
         name: &str,
         what: &str,
@@ -203,7 +207,7 @@ impl Place {
         }
     }
 
-    pub async fn until_ready(&self, name: &str) -> Result<ImageMirror> {
+    pub(crate) async fn until_ready(&self, name: &str) -> Result<ImageMirror> {
         let object = self.mirrors().get(name).await?;
         let generation = object.metadata.generation.unwrap_or_default();
         self.until(name, "Ready=True", move |status| {
@@ -213,31 +217,31 @@ impl Place {
     }
 
     /// Waits until Ready has this status and reason.
-    pub async fn until_reason(&self, name: &str, reason: &'static str) -> Result<ImageMirror> {
+    pub(crate) async fn until_reason(&self, name: &str, reason: &'static str) -> Result<ImageMirror> {
         self.until(name, reason, move |status| condition(status, "Ready") == ("False", reason)).await
     }
 
-    pub fn kubectl(&self, arguments: &[&str]) -> Result<String> {
+    pub(crate) fn kubectl(&self, arguments: &[&str]) -> Result<String> {
         kubectl(self.env, &[&["-n", &self.namespace], arguments].concat())
     }
 
-    pub async fn push(&self, registry: &Registry, name: &str, tag: &str, image: &Image) -> Result<()> {
+    pub(crate) async fn push(&self, registry: &Registry, name: &str, tag: &str, image: &Image) -> Result<()> {
         testenv::Client::new(self.env, registry)?.push(&self.repository(name), tag, image).await
     }
 
     /// Whether the target holds the image under the tag, every byte of it.
-    pub async fn holds(&self, registry: &Registry, name: &str, tag: &str, image: &Image) -> Result<bool> {
+    pub(crate) async fn holds(&self, registry: &Registry, name: &str, tag: &str, image: &Image) -> Result<bool> {
         testenv::Client::new(self.env, registry)?.holds(&self.repository(name), tag, image).await
     }
 
-    pub async fn digest_of(&self, registry: &Registry, name: &str, tag: &str) -> Result<Option<String>> {
+    pub(crate) async fn digest_of(&self, registry: &Registry, name: &str, tag: &str) -> Result<Option<String>> {
         testenv::Client::new(self.env, registry)?.digest_of(&self.repository(name), tag).await
     }
 }
 
 impl Operator {
     /// The answer of a probe or of the metrics: status and body.
-    pub async fn get(&self, path: &str) -> Result<(u16, String)> {
+    pub(crate) async fn get(&self, path: &str) -> Result<(u16, String)> {
         use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
         let mut stream = tokio::net::TcpStream::connect(&self.listen).await?;
         let request = format!("GET {path} HTTP/1.1\r\nHost: {}\r\nConnection: close\r\n\r\n", self.listen);
@@ -249,25 +253,28 @@ impl Operator {
         Ok((status, body))
     }
 
-    pub fn logged(&self) -> Result<String> {
+    pub(crate) fn logged(&self) -> Result<String> {
         Ok(std::fs::read_to_string(&self.log)?)
     }
 }
 
 /// Status and reason of a condition; empty where there is none.
-pub fn condition<'a>(status: &'a ImageMirrorStatus, kind: &str) -> (&'a str, &'a str) {
+pub(crate) fn condition<'a>(status: &'a ImageMirrorStatus, kind: &str) -> (&'a str, &'a str) {
     let found = status.conditions.iter().find(|condition| condition.type_ == kind);
     found.map_or(("", ""), |condition| (&condition.status, &condition.reason))
 }
 
 /// The message of a condition.
-pub fn message<'a>(status: &'a ImageMirrorStatus, kind: &str) -> &'a str {
+pub(crate) fn message<'a>(status: &'a ImageMirrorStatus, kind: &str) -> &'a str {
     let found = status.conditions.iter().find(|condition| condition.type_ == kind);
     found.map_or("", |condition| &condition.message)
 }
 
 /// Polls something that cannot be watched.
-pub async fn eventually<F: Future<Output = Result<bool>>>(what: &str, mut is_so: impl FnMut() -> F) -> Result<()> {
+pub(crate) async fn eventually<F: Future<Output = Result<bool>>>(
+    what: &str,
+    mut is_so: impl FnMut() -> F,
+) -> Result<()> {
     let deadline = tokio::time::Instant::now() + PATIENCE;
     while !is_so().await.unwrap_or(false) {
         ensure!(tokio::time::Instant::now() < deadline, "waited for {what}");
@@ -276,12 +283,12 @@ pub async fn eventually<F: Future<Output = Result<bool>>>(what: &str, mut is_so:
     Ok(())
 }
 
-pub fn kubectl(env: &Env, arguments: &[&str]) -> Result<String> {
+pub(crate) fn kubectl(env: &Env, arguments: &[&str]) -> Result<String> {
     run(Command::new(env.tools.join("kubectl")).arg("--kubeconfig").arg(&env.kubeconfig).args(arguments), None)
 }
 
 /// Runs a command to its end and returns what it printed.
-pub fn run(command: &mut Command, input: Option<&str>) -> Result<String> {
+pub(crate) fn run(command: &mut Command, input: Option<&str>) -> Result<String> {
     use std::io::Write as _;
     command.stdin(if input.is_some() { Stdio::piped() } else { Stdio::null() });
     let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
@@ -295,7 +302,7 @@ pub fn run(command: &mut Command, input: Option<&str>) -> Result<String> {
 }
 
 /// The chart's objects as `helm template` renders them.
-pub fn rendered_chart(env: &Env, namespace: &str, arguments: &[&str]) -> Result<String> {
+pub(crate) fn rendered_chart(env: &Env, namespace: &str, arguments: &[&str]) -> Result<String> {
     let chart = concat!(env!("CARGO_MANIFEST_DIR"), "/charts/imagemirror");
     let mut helm = Command::new(env.tools.join("helm"));
     helm.args(["template", "imagemirror", chart, "--namespace", namespace, "--kube-version", "1.34.4"]).args(arguments);

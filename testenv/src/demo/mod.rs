@@ -24,11 +24,16 @@ use self::watch::{Watch, handled, ready};
 use crate::client::Client;
 use crate::env::Env;
 use crate::forwarder::Forwarder;
+use crate::registry::Registry;
 use crate::supervisor::{Parts, session};
+use crate::token::TokenOptions;
 use crate::tools;
 
 /// Of the line to the source.
 const BYTES_PER_SECOND: u64 = 8_000_000;
+/// What the registries and the token server are called. Crane takes no token from a server that is named by a private
+/// address.
+const HOST: &str = "localhost";
 /// For a run of the operator; the first takes six seconds.
 const SYNC_DEADLINE: Duration = Duration::from_mins(2);
 
@@ -74,8 +79,10 @@ pub fn run(options: &Options) -> Result<u8> {
 struct Scene {
     parts: Parts,
     commands: Commands,
-    /// The slow line in front of the source.
-    line: Forwarder,
+    _line: Forwarder,
+    /// At the slow line's address.
+    source: Registry,
+    target: Registry,
     images: [Tagged; 3],
 }
 
@@ -88,12 +95,13 @@ async fn play(binary: &Path, run_dir: &Path, keep: Option<&AtomicBool>) -> Resul
     let started = Instant::now();
 
     step(1, "Start Kubernetes and two registries", "All of them real, on free ports of 127.0.0.1, stopped at the end.");
-    let parts = Parts::start(&tools, run_dir).await?;
+    let tokens = TokenOptions { host: HOST.to_owned(), ..Default::default() };
+    let parts = Parts::start(&tools, run_dir, tokens).await?;
     parts.env.save()?;
     let line = Forwarder::to(&parts.env.source.host).bytes_per_second(BYTES_PER_SECOND).start().await?;
-    let source = parts.env.source.at(&line.host());
-    let commands = Commands::new(&parts.env, &[&source, &parts.env.target])?;
-    let scene = Scene { parts, commands, line, images };
+    let (source, target) = (named(&parts.env.source, &line.host())?, named(&parts.env.target, &parts.env.target.host)?);
+    let commands = Commands::new(&parts.env, &[&source, &target])?;
+    let scene = Scene { parts, commands, _line: line, source, target, images };
     scene.introduce(started.elapsed()).await?;
 
     step(
@@ -128,8 +136,8 @@ impl Scene {
 
     async fn introduce(&self, took: Duration) -> Result<()> {
         self.commands.show("kubectl version").await?;
-        output(&format!("source   {}   TLS, htpasswd; behind a line of 8 MB/s", self.line.host()));
-        output(&format!("target   {}   TLS, bearer tokens from a token server", self.env().target.host));
+        output(&format!("source   {}   TLS, htpasswd; behind a line of 8 MB/s", self.source.host));
+        output(&format!("target   {}   TLS, bearer tokens from a token server", self.target.host));
         output(&format!("ready in {}.{} s", took.as_secs(), took.subsec_millis() / 100));
         Ok(())
     }
@@ -155,8 +163,7 @@ impl Scene {
             "A password for each registry, and the CA that signed their certificates.",
         );
         commands.show("kubectl create namespace monitoring").await?;
-        let source = self.env().source.at(&self.line.host());
-        for (name, registry) in [("gcr", &source), ("registry-push", &self.env().target)] {
+        for (name, registry) in [("gcr", &self.source), ("registry-push", &self.target)] {
             let username = registry.username.as_deref().context("a registry without a user")?;
             let password = registry.password.as_deref().context("a registry without a password")?;
             let host = &registry.host;
@@ -185,7 +192,7 @@ impl Scene {
 
     /// What the operator does.
     async fn show(&self, rebuilt: &Tagged, operator: i32) -> Result<()> {
-        let sides = Sides { commands: &self.commands, source: &self.line.host(), target: &self.env().target.host };
+        let sides = Sides { commands: &self.commands, source: &self.source.host, target: &self.target.host };
         let [agent, _, lost] = &self.images;
 
         step(
@@ -210,8 +217,9 @@ impl Scene {
             sides.compare(tagged).await?;
         }
         for tagged in &self.images {
-            sides.validate(tagged).await?;
+            sides.pull(tagged).await?;
         }
+        output("every byte is as it was pushed");
 
         step(
             8,
@@ -225,9 +233,9 @@ impl Scene {
         sides.compare(rebuilt).await?;
 
         step(9, "Delete a tag at the target", "The same annotation brings it back.");
-        let (target, reference) = (&self.env().target.host, lost.at_target());
+        let (target, reference) = (&self.target.host, lost.at_target());
         self.commands.show(&format!("crane delete {target}/{reference}")).await?;
-        let client = Client::new(self.env(), &self.env().target)?;
+        let client = Client::new(self.env(), &self.target)?;
         let left = client.digest_of(&format!("datadog/{}", lost.name), lost.tag).await?;
         ensure!(left.is_none(), "{reference} is still at the target after its deletion");
         output(&format!("{reference} is gone"));
@@ -251,11 +259,11 @@ impl Scene {
     /// The sample with this run's registries. Its certSecretRef names the Secret of step 4 already.
     fn sample(&self) -> Result<String> {
         let sample = std::fs::read_to_string(self.commands.dir.join(SAMPLE)).context("read the sample")?;
-        Ok(sample.replace("gcr.io", &self.line.host()).replace("registry.example.com", &self.env().target.host))
+        Ok(sample.replace("gcr.io", &self.source.host).replace("registry.example.com", &self.target.host))
     }
 
     fn invite(&self, log: &Path) {
-        let target = &self.env().target.host;
+        let target = &self.target.host;
         let reference = self.images[1].at_target();
         let person = |line: &str| self.commands.for_a_person(line);
         say(&format!("\nEverything goes on until Ctrl-C.\n\n  kubeconfig         {}", self.env().kubeconfig.display()));
@@ -267,6 +275,12 @@ impl Scene {
         say(&format!("{}\"$(date +%s)\"\n", person(ANNOTATE)));
         say(&person("kubectl -n monitoring get imagemirror.imagemirror.dev/datadog -o wide --watch"));
     }
+}
+
+/// The registry by its name instead of its address; `address` is where it is reached.
+fn named(registry: &Registry, address: &str) -> Result<Registry> {
+    let (_, port) = address.rsplit_once(':').context("an address without a port")?;
+    Ok(registry.at(&format!("{HOST}:{port}")))
 }
 
 /// What the last run moved, in words.

@@ -1,11 +1,12 @@
 //! The proof that what arrived is what was there: crane, an independent client, asks both registries for every digest.
 //! They must be equal, and be those of the images that were pushed.
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 
 use super::commands::Commands;
 use super::images::Tagged;
 use super::terminal;
+use crate::images::Image;
 
 /// The registries as crane reaches them.
 pub(super) struct Sides<'a> {
@@ -28,9 +29,18 @@ impl Sides<'_> {
         Ok(())
     }
 
-    /// Has crane fetch everything from the target and check it.
-    pub(super) async fn validate(&self, tagged: &Tagged) -> Result<()> {
-        self.commands.show(&format!("crane validate --remote {}/{}", self.target, tagged.at_target())).await
+    /// Has crane pull all platforms from the target, and compares every byte with what was pushed to the source.
+    pub(super) async fn pull(&self, tagged: &Tagged) -> Result<()> {
+        let to = format!("pulled-{}", tagged.name);
+        self.commands.show(&format!("crane pull --format oci {}/{} {to}", self.target, tagged.at_target())).await?;
+        let blobs = self.commands.dir.join(to).join("blobs");
+        let Image { root, manifests, blobs: layers } = &tagged.image;
+        for content in layers.iter().chain(manifests).chain([root]) {
+            let path = blobs.join(content.digest.replace(':', "/"));
+            let bytes = tokio::fs::read(&path).await.with_context(|| format!("crane pulled no {}", content.digest))?;
+            ensure!(bytes == content.bytes, "{} arrived with other bytes", content.digest);
+        }
+        Ok(())
     }
 
     async fn digest(&self, what: &str, host: &str, reference: &str) -> Result<String> {

@@ -25,6 +25,8 @@ pub(super) struct Watch {
     unfinished_row: String,
     unfinished_object: String,
     row: Vec<String>,
+    /// Whether a row was printed since the wait began.
+    has_news: bool,
     pub(super) mirror: Value,
 }
 
@@ -39,13 +41,16 @@ impl Watch {
             unfinished_row: String::new(),
             unfinished_object: String::new(),
             row: Vec::new(),
+            has_news: false,
             mirror: Value::Null,
         })
     }
 
-    /// Shows every change until the object is as `done` says. An error after `deadline`, with `what` and the object's own words.
+    /// Shows every change until the object is as `done` says, and that the table says so too. An error after `deadline`,
+    /// with `what` and the object's own words.
     pub(super) async fn until(&mut self, what: &str, deadline: Duration, done: impl Fn(&Value) -> bool) -> Result<()> {
         let end = Instant::now() + deadline;
+        self.has_news = false;
         loop {
             self.read_objects()?;
             self.read_table()?;
@@ -65,7 +70,7 @@ impl Watch {
         }
         let end = Instant::now() + TABLE_DEADLINE;
         let shown = [ready(&self.mirror), text(&self.mirror["status"]["synced"])].map(str::to_owned);
-        while self.row.get(1..3) != Some(&shown) && Instant::now() < end {
+        while !(self.has_news && self.row.get(1..3) == Some(&shown)) && Instant::now() < end {
             tokio::time::sleep(STEP).await;
             self.read_table()?;
         }
@@ -80,6 +85,7 @@ impl Watch {
             if columns != self.row {
                 terminal::output(row);
                 self.row = columns;
+                self.has_news = true;
             }
             self.unfinished_row = rest.to_owned();
         }

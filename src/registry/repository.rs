@@ -8,7 +8,7 @@ use std::sync::{
 use bytes::Bytes;
 use futures::StreamExt as _;
 use http::{
-    HeaderValue, Method, StatusCode,
+    HeaderMap, HeaderValue, Method, StatusCode,
     header::{ACCEPT as ACCEPT_HEADER, ACCEPT_ENCODING, CONTENT_ENCODING, CONTENT_RANGE, CONTENT_TYPE, RANGE},
 };
 use tokio::time::timeout;
@@ -129,7 +129,7 @@ impl Repository {
             Err(error) if error.is_not_found() => return Ok(None),
             other => other?,
         };
-        match content_digest(&response) {
+        match content_digest(response.inner.headers()) {
             Some(digest) => Ok(Some(digest)),
             // Old registries send no digest with HEAD.
             None => self.manifest(reference).await.map(|manifest| Some(manifest.digest)),
@@ -140,12 +140,11 @@ impl Repository {
     pub async fn manifest(&self, reference: &str) -> Result<RawManifest, Error> {
         let mut request = self.manifest_request(Step::GetManifest, Method::GET, reference)?;
         request.headers.insert(ACCEPT_HEADER, HeaderValue::from_static(ACCEPT));
-        let response = self.execute(&request).await?;
+        let (headers, bytes) = self.fetch(&request, MAX_MANIFEST).await?;
         let asked: Option<Digest> = reference.parse().ok();
-        let promised = content_digest(&response);
-        let content_type = response.inner.headers().get(CONTENT_TYPE).and_then(|value| value.to_str().ok());
+        let promised = content_digest(&headers);
+        let content_type = headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok());
         let media_type = content_type.unwrap_or_default().split(';').next().unwrap_or_default().trim().to_owned();
-        let bytes = self.read_body(response, MAX_MANIFEST, request.step, &request.subject).await?;
         let expected = asked.as_ref().or(promised.as_ref());
         let digest = expected.map_or_else(|| Digest::sha256(&bytes), |d| Digest::of(d.algorithm(), &bytes));
         if expected.is_some_and(|expected| *expected != digest) {
@@ -163,7 +162,7 @@ impl Repository {
             .map_err(|_| self.error(ErrorKind::Malformed("the media type is not a header value".into()), &request))?;
         request.headers.insert(CONTENT_TYPE, media_type);
         let response = self.execute(&request).await?;
-        let stored = content_digest(&response);
+        let stored = content_digest(response.inner.headers());
         let differs =
             stored.is_some_and(|stored| stored.algorithm() == manifest.digest.algorithm() && stored != manifest.digest);
         if differs {
@@ -329,8 +328,8 @@ impl Repository {
     }
 }
 
-fn content_digest(response: &Response) -> Option<Digest> {
-    response.inner.headers().get(CONTENT_DIGEST)?.to_str().ok()?.parse().ok()
+fn content_digest(headers: &HeaderMap) -> Option<Digest> {
+    headers.get(CONTENT_DIGEST)?.to_str().ok()?.parse().ok()
 }
 
 /// Start and total of `bytes start-end/total` (RFC 9110, section 14.4).

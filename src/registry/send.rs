@@ -76,10 +76,25 @@ impl Authorization {
 impl Repository {
     /// Sends a request until it succeeds or there is no point in repeating it.
     pub(super) async fn execute(&self, request: &Request) -> Result<Response, Error> {
+        self.repeat(|| self.execute_once(request)).await
+    }
+
+    /// The same for an answer that is read whole: one that breaks off is asked for again.
+    pub(super) async fn fetch(&self, request: &Request, limit: u64) -> Result<(HeaderMap, Bytes), Error> {
+        let once = async || {
+            let response = self.execute_once(request).await?;
+            let headers = response.inner.headers().clone();
+            let body = self.read_body(response, limit, request.step, &request.subject).await?;
+            Ok((headers, body))
+        };
+        self.repeat(once).await
+    }
+
+    async fn repeat<T, F: Future<Output = Result<T, Error>>>(&self, mut once: impl FnMut() -> F) -> Result<T, Error> {
         let mut retries = 0;
         loop {
-            let error = match self.execute_once(request).await {
-                Ok(response) => return Ok(response),
+            let error = match once().await {
+                Ok(done) => return Ok(done),
                 Err(error) => error,
             };
             if retries == MAX_RETRIES || !error.is_retryable() || self.is_closed_for_long(&error) {
@@ -103,7 +118,8 @@ impl Repository {
         closed_for.is_some_and(|pause| pause > LONGEST_WAIT)
     }
 
-    async fn execute_once(&self, request: &Request) -> Result<Response, Error> {
+    /// Sends a request once, with whatever logging in it takes.
+    pub(super) async fn execute_once(&self, request: &Request) -> Result<Response, Error> {
         let mut refused: Option<Token> = None;
         let mut was_asked = false;
         let login = self.login();

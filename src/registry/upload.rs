@@ -92,12 +92,13 @@ impl Repository {
 }
 
 impl Upload {
-    /// Sends bytes that are in memory and have been verified.
+    /// Sends bytes that are in memory and have been verified. They are sent once, as a body that broke off may be in
+    /// the session already: after a failure the outcome is unknown, and the caller looks.
     pub async fn put_bytes(&self, bytes: Bytes) -> Result<(), Error> {
         let mut request = self.request();
         request.headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/octet-stream"));
         request.body = bytes;
-        self.repository.execute(&request).await.map(|_| ())
+        self.repository.execute_once(&request).await.map(|_| ())
     }
 
     /// Streams a body. It is sent once: after a failure the outcome is unknown, and the caller looks.

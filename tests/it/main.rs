@@ -6,6 +6,7 @@
 mod bad_input;
 mod boundaries;
 mod engine;
+mod faults;
 mod lifecycle;
 mod main_job;
 mod packaging;

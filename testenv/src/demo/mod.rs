@@ -55,7 +55,7 @@ pub struct Options {
 
 /// Runs the demo and gives the exit code.
 pub fn run(options: &Options) -> Result<u8> {
-    let binary = options.binary.canonicalize();
+    let binary = options.binary.canonicalize().ok().filter(|path| path.is_file());
     let binary = binary.with_context(|| format!("no operator at {}: `make release`", options.binary.display()))?;
     let kept = AtomicBool::new(false);
     let code = session(async |run_dir: &Path| {

@@ -46,8 +46,8 @@ impl Watch {
         })
     }
 
-    /// Shows every change until the object is as `done` says, and that the table says so too. An error after `deadline`,
-    /// with `what` and the object's own words.
+    /// Shows every change until the object is as `done` says and the table shows that. An error after `deadline`, with
+    /// `what` and the object's own words.
     pub(super) async fn until(&mut self, what: &str, deadline: Duration, done: impl Fn(&Value) -> bool) -> Result<()> {
         let end = Instant::now() + deadline;
         self.has_news = false;

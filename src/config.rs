@@ -6,17 +6,19 @@
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
     fs, io,
+    net::IpAddr,
     path::{Path, PathBuf},
     time::Duration,
 };
 
 use bytes::Bytes;
+use ipnet::IpNet;
 use serde::Deserialize;
 
 use crate::{
     api::parse_duration,
     oci::Host,
-    registry::{self, ClientOptions, HostOptions, Transport, TransportError},
+    registry::{self, ClientOptions, HostOptions, Networks, Transport, TransportError},
     schedule::RetryTiming,
     telemetry::logging::{self, Format},
 };
@@ -29,12 +31,14 @@ const MAX_DURATION: Duration = Duration::from_hours(720);
 const TAG_WRITE_SLACK: Duration = Duration::from_secs(1);
 
 /// The operator's own configuration.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Config {
     /// How registries are reached, by host.
     pub registries: HashMap<Host, RegistryConfig>,
     /// What is bounded.
     pub limits: Limits,
+    /// The networks that no connection to a registry goes to.
+    pub networks: Networks,
     /// Namespaces whose objects are served; empty: all.
     pub watch_namespaces: Vec<String>,
     /// Every duration.
@@ -127,6 +131,19 @@ pub enum ConfigError {
     },
 }
 
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            registries: HashMap::new(),
+            limits: Limits::default(),
+            networks: Networks::closed(Vec::new(), Vec::new()),
+            watch_namespaces: Vec::new(),
+            timing: Timing::default(),
+            log: Log::default(),
+        }
+    }
+}
+
 impl Default for Limits {
     fn default() -> Self {
         Self { runs: 4 }
@@ -194,17 +211,7 @@ impl Config {
             ..registry::Timing::default()
         };
         let hosts = self.registries.iter().map(|(host, registry)| (host.clone(), registry.options.clone())).collect();
-        ClientOptions { timing, hosts }
-    }
-
-    /// The bounds between which failed images are tried again.
-    #[must_use]
-    pub fn retry_timing(&self) -> RetryTiming {
-        RetryTiming {
-            transient_min: self.timing.retry_transient_min,
-            transient_max: self.timing.retry_transient_max,
-            authentication: self.timing.retry_auth,
-        }
+        ClientOptions { timing, networks: self.networks.clone(), hosts }
     }
 
     /// How a host is reached, as far as the operator's configuration says.
@@ -287,12 +294,25 @@ timing! {
     shutdown "shutdown" = Duration::from_secs(20);
 }
 
+impl Timing {
+    /// The bounds between which failed images are tried again.
+    #[must_use]
+    pub fn retry(&self) -> RetryTiming {
+        RetryTiming {
+            transient_min: self.retry_transient_min,
+            transient_max: self.retry_transient_max,
+            authentication: self.retry_auth,
+        }
+    }
+}
+
 /// The file as it is written.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default, deny_unknown_fields, rename_all = "camelCase")]
 struct File {
     registries: Vec<RegistryEntry>,
     limits: LimitsEntry,
+    networks: NetworksEntry,
     watch_namespaces: Vec<String>,
     timing: BTreeMap<String, String>,
     log: LogEntry,
@@ -322,6 +342,13 @@ struct HostLimitsEntry {
 #[serde(deny_unknown_fields)]
 struct LimitsEntry {
     runs: Option<usize>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct NetworksEntry {
+    deny: Vec<String>,
+    allow: Vec<String>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -369,6 +396,7 @@ impl File {
         Ok(Config {
             registries,
             limits: Limits { runs: limit("limits.runs", self.limits.runs, Limits::default().runs)? },
+            networks: self.networks.validate()?,
             watch_namespaces: self.watch_namespaces,
             timing: timing(&self.timing)?,
             log,
@@ -399,6 +427,22 @@ impl RegistryEntry {
         }
         let registry = RegistryConfig { plain_http: self.plain_http, ca_file: self.ca_file, ca: None, options };
         Ok((host(format!("{key}.host"), &self.host)?, registry))
+    }
+}
+
+impl NetworksEntry {
+    fn validate(&self) -> Result<Networks, Wrong> {
+        let parse = |key: &str, texts: &[String]| {
+            let one = |(index, text): (usize, &String)| {
+                let single = text.parse::<IpAddr>().map(IpNet::from);
+                text.parse::<IpNet>().or(single).map_err(|_| {
+                    let problem = format!("{text:?} is no network: write for example 10.96.0.0/12 or fd00::/8");
+                    Wrong::new(format!("networks.{key}[{index}]"), problem)
+                })
+            };
+            texts.iter().enumerate().map(one).collect::<Result<Vec<_>, _>>()
+        };
+        Ok(Networks::closed(parse("deny", &self.deny)?, parse("allow", &self.allow)?))
     }
 }
 

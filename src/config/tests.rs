@@ -23,7 +23,7 @@ fn the_example_has_every_default() {
     assert_eq!(example.options.auth_hosts, ["auth.example.com".parse().unwrap()]);
     assert!(config.transport_for(&"registry.internal:5000".parse().unwrap()).plain_http);
     assert!(!config.transport_for(&"elsewhere.example.com".parse().unwrap()).plain_http);
-    assert_eq!(config.retry_timing(), RetryTiming::default());
+    assert_eq!(config.timing.retry(), RetryTiming::default());
 }
 
 #[test]

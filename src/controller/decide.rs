@@ -9,7 +9,7 @@ use crate::{
     config::Timing,
     mirror::ValidatedMirror,
     reason::Retry,
-    schedule::{RetryTiming, next_retry, next_run},
+    schedule::{next_retry, next_run},
 };
 
 /// What to do.
@@ -98,11 +98,7 @@ pub(super) fn waiting_for_credentials(status: &ImageMirrorStatus) -> Option<Time
 
 /// The first moment at which one of the failures is worth another try.
 fn retry_at(status: &ImageMirrorStatus, last: Timestamp, timing: &Timing) -> Option<Timestamp> {
-    let bounds = RetryTiming {
-        transient_min: timing.retry_transient_min,
-        transient_max: timing.retry_transient_max,
-        authentication: timing.retry_auth,
-    };
+    let bounds = timing.retry();
     let attempts = |attempts: i64| u32::try_from(attempts).unwrap_or(1);
     let times = status
         .failures

@@ -10,6 +10,7 @@ use tokio::sync::{Mutex as AsyncMutex, MutexGuard as AsyncMutexGuard};
 
 use super::{
     limits::HostLimits,
+    network::Networks,
     transport::{Pools, Transport, TransportError},
 };
 use crate::{
@@ -78,6 +79,8 @@ impl Default for HostOptions {
 pub struct ClientOptions {
     /// How long to wait for what.
     pub timing: Timing,
+    /// The networks that no connection goes to.
+    pub networks: Networks,
     /// Settings of single hosts; others have the default.
     pub hosts: HashMap<Host, HostOptions>,
 }
@@ -90,6 +93,7 @@ pub struct Client {
 
 struct Inner {
     options: ClientOptions,
+    networks: Arc<Networks>,
     pools: Pools,
     tokens: TokenCache,
     limits: Mutex<HashMap<String, Arc<HostLimits>>>,
@@ -143,6 +147,7 @@ impl Client {
     #[must_use]
     pub fn new(options: ClientOptions) -> Self {
         let inner = Inner {
+            networks: Arc::new(options.networks.clone()),
             options,
             pools: Pools::default(),
             tokens: TokenCache::default(),
@@ -159,7 +164,11 @@ impl Client {
     }
 
     pub(super) fn http(&self, transport: &Transport) -> Result<reqwest::Client, TransportError> {
-        self.inner.pools.get(transport, self.timing())
+        self.inner.pools.get(transport, self.timing(), &self.inner.networks)
+    }
+
+    pub(super) fn networks(&self) -> &Networks {
+        &self.inner.networks
     }
 
     pub(super) fn tokens(&self) -> &TokenCache {

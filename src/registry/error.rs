@@ -7,6 +7,7 @@ use std::{fmt, time::Duration};
 use http::StatusCode;
 use serde::Deserialize;
 
+use super::network::Denied;
 use crate::reason::Reason;
 
 /// A failed exchange with a registry.
@@ -48,6 +49,8 @@ pub enum ErrorKind {
         /// Where the credential came from that was refused with 401 or 403.
         credential: Option<String>,
     },
+    /// The address is in a network that the administrator has closed.
+    Denied(Denied),
     /// The registry names a token server that its credentials must not be sent to.
     RealmRefused(String),
     /// A redirect leads where it must not: to plain HTTP, in a loop, or anywhere on a write.
@@ -180,9 +183,10 @@ impl Error {
             ErrorKind::Connect | ErrorKind::TimedOut | ErrorKind::Interrupted | ErrorKind::LeadershipLost => {
                 unavailable
             }
-            ErrorKind::RealmRefused(_) | ErrorKind::RedirectRefused(_) | ErrorKind::LocationRefused(_) => {
-                Reason::Blocked
-            }
+            ErrorKind::Denied(_)
+            | ErrorKind::RealmRefused(_)
+            | ErrorKind::RedirectRefused(_)
+            | ErrorKind::LocationRefused(_) => Reason::Blocked,
             ErrorKind::TooLarge(_) => Reason::ManifestRefused,
             ErrorKind::Integrity(_) => Reason::IntegrityError,
             ErrorKind::Malformed(_) => unavailable,
@@ -276,6 +280,9 @@ impl fmt::Display for ErrorKind {
                     (None, 401 | 403) => f.write_str(" without a credential, as none matches"),
                     (None, _) => Ok(()),
                 }
+            }
+            Self::Denied(denied) => {
+                write!(f, "{denied}; allow it with networks.allow in the operator's configuration")
             }
             Self::RealmRefused(host) => write!(
                 f,

@@ -17,6 +17,7 @@ use url::Url;
 
 use super::{
     error::{Error, ErrorKind, Step, parse_envelope},
+    network::Denied,
     repository::Repository,
 };
 use crate::auth::{Challenge, Token, TokenKey, realm_is_trusted};
@@ -209,6 +210,9 @@ impl Repository {
         authorization: Option<HeaderValue>,
     ) -> Result<Response, Error> {
         let host = host_of(&url);
+        if let Err(denied) = self.client().networks().check_url(&url) {
+            return Err(Error::new(ErrorKind::Denied(denied), request.step, &host, &request.subject));
+        }
         let permit = self.client().limits(&host).request().await;
         let mut built = reqwest::Request::new(request.method.clone(), url);
         *built.headers_mut() = request.headers.clone();
@@ -383,8 +387,13 @@ fn retry_after(headers: &HeaderMap) -> Option<Duration> {
 }
 
 pub(super) fn transport_error(error: reqwest::Error, step: Step, host: &str, subject: &str) -> Error {
+    if let Some(denied) = cause::<Denied>(&error) {
+        return Error::new(ErrorKind::Denied(denied.clone()), step, host, subject);
+    }
+    let is_certificate =
+        |tls: &rustls::Error| matches!(tls, rustls::Error::InvalidCertificate(_) | rustls::Error::AlertReceived(_));
     let kind = match () {
-        () if is_certificate_error(&error) => ErrorKind::Tls,
+        () if cause::<rustls::Error>(&error).is_some_and(is_certificate) => ErrorKind::Tls,
         () if error.is_connect() => ErrorKind::Connect,
         () if error.is_timeout() => ErrorKind::TimedOut,
         () => ErrorKind::Interrupted,
@@ -392,23 +401,20 @@ pub(super) fn transport_error(error: reqwest::Error, step: Step, host: &str, sub
     Error::new(kind, step, host, subject).caused_by(error.without_url())
 }
 
-/// Looks for what rustls said, which sits inside one or more `io::Error`s.
-fn is_certificate_error(error: &(dyn std::error::Error + 'static)) -> bool {
+/// Looks for a cause of this type, also inside `io::Error`s, which do not name what they hold as their source.
+fn cause<'a, T: std::error::Error + 'static>(error: &'a (dyn std::error::Error + 'static)) -> Option<&'a T> {
     let mut current = Some(error);
     while let Some(error) = current {
-        let inner = error.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref);
-        let tls = error
-            .downcast_ref::<rustls::Error>()
-            .or_else(|| inner.and_then(|inner| inner.downcast_ref::<rustls::Error>()));
-        if let Some(tls) = tls {
-            return matches!(tls, rustls::Error::InvalidCertificate(_) | rustls::Error::AlertReceived(_));
+        if let Some(found) = error.downcast_ref::<T>() {
+            return Some(found);
         }
+        let inner = error.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref);
         current = match inner {
             Some(inner) => Some(inner),
             None => error.source(),
         };
     }
-    false
+    None
 }
 
 #[cfg(test)]

@@ -13,7 +13,10 @@ use rustls::{
 };
 use secrecy::{ExposeSecret, SecretSlice};
 
-use super::client::Timing;
+use super::{
+    client::Timing,
+    network::{Networks, Resolver},
+};
 use crate::oci::Digest;
 
 /// How a registry is reached. The default is TLS with the system's roots.
@@ -89,7 +92,7 @@ impl Transport {
         Ok(config)
     }
 
-    fn build(&self, timing: &Timing) -> Result<reqwest::Client, TransportError> {
+    fn build(&self, timing: &Timing, networks: &Arc<Networks>) -> Result<reqwest::Client, TransportError> {
         let builder = reqwest::Client::builder()
             .redirect(reqwest::redirect::Policy::none())
             .referer(false)
@@ -98,6 +101,7 @@ impl Transport {
             .pool_idle_timeout(timing.pool_idle)
             .pool_max_idle_per_host(32)
             .tcp_nodelay(true)
+            .dns_resolver(Resolver(Arc::clone(networks)))
             .user_agent(concat!("imagemirror/", env!("CARGO_PKG_VERSION")))
             .tls_backend_preconfigured(self.tls_config()?);
         builder.build().map_err(|_| TransportError::Client)
@@ -143,13 +147,18 @@ pub(super) struct Pools {
 }
 
 impl Pools {
-    pub(super) fn get(&self, transport: &Transport, timing: &Timing) -> Result<reqwest::Client, TransportError> {
+    pub(super) fn get(
+        &self,
+        transport: &Transport,
+        timing: &Timing,
+        networks: &Arc<Networks>,
+    ) -> Result<reqwest::Client, TransportError> {
         let key = transport.fingerprint();
         let lock = || self.clients.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(client) = lock().get(&key) {
             return Ok(client.clone());
         }
-        let client = transport.build(timing)?;
+        let client = transport.build(timing, networks)?;
         let mut clients = lock();
         if clients.len() >= Self::MAX_CLIENTS {
             clients.clear();

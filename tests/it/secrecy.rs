@@ -2,7 +2,11 @@
 
 use anyhow::{Result, ensure};
 use base64::{Engine as _, engine::general_purpose::STANDARD};
-use testenv::images::Image;
+use serde_json::json;
+use testenv::{
+    images::Image,
+    proxy::{Action, Matcher, Proxy},
+};
 
 use crate::support::Place;
 
@@ -41,5 +45,37 @@ async fn no_password_is_in_any_log_event_status_or_metric() -> Result<()> {
         }
         ensure!(!text.contains("Bearer ey"), "a token is in the {place}");
     }
+    Ok(())
+}
+
+#[tokio::test]
+async fn closed_networks_are_not_connected_to_by_address_by_name_or_by_redirect() -> Result<()> {
+    let place = Place::new("closed").await?;
+    let listener = Proxy::to(place.env, &place.env.source).start().await?;
+    let port = listener.host().rsplit(':').next().unwrap_or_default().to_owned();
+    let operator = place.operator_in(&json!({}), &json!({}), "debug")?;
+    for (name, host) in [("address", listener.host()), ("name", format!("localhost:{port}"))] {
+        let source = place.env.source.at(&host);
+        place.pull_secret("pull", &[&source]).await?;
+        place.apply(name, &place.spec(&source, &place.env.target.at(&host), &[("agent", &["1"])])).await?;
+        place.pull_secret("push", &[&source]).await?;
+        let status = place.until_reason(name, "Blocked").await?.status.unwrap_or_default();
+        let said = crate::support::message(&status, "Ready");
+        ensure!(said.contains("is in a denied network") && said.contains("networks.allow"), "{said}");
+    }
+    operator.process.kill().await?;
+
+    // What is open may lead to what is closed.
+    let source = Proxy::to(place.env, &place.env.source).start().await?;
+    let image = Image::single(301, &[10]);
+    place.push(&place.env.source, "agent", "1", &image).await?;
+    let away = format!("https://[::1]:{port}/v2/");
+    source.rule(Matcher::new().path_contains("/blobs/"), Action::respond(307).header("Location", &away));
+    place.pull_secret("pull", &[source.registry()]).await?;
+    place.pull_secret("push", &[&place.env.target]).await?;
+    let _operator = place.operator_in(&json!({"allow": ["127.0.0.1"]}), &json!({}), "debug")?;
+    place.apply("redirect", &place.spec(source.registry(), &place.env.target, &[("agent", &["1"])])).await?;
+    place.until_reason("redirect", "Blocked").await?;
+    ensure!(listener.requests().is_empty(), "it was connected to: {:?}", listener.requests());
     Ok(())
 }

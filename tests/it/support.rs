@@ -76,6 +76,11 @@ impl Place {
     }
 
     pub(crate) fn operator_with(&self, timing: &Value, level: &str) -> Result<Operator> {
+        // Registries of tests are on this machine, which is closed by default.
+        self.operator_in(&json!({"allow": ["127.0.0.0/8", "::1"]}), timing, level)
+    }
+
+    pub(crate) fn operator_in(&self, networks: &Value, timing: &Value, level: &str) -> Result<Operator> {
         let mut times = json!({
             "apiTimeout": "5s", "leaseDuration": "3s", "leaseRenew": "500ms", "tagWriteTimeout": "1200ms", "tagWriteMargin": "2200ms",
             "retryTransientMin": "500ms", "retryTransientMax": "2s", "retryAuth": "10m", "secretRetry": "200ms",
@@ -85,7 +90,7 @@ impl Place {
         if let (Some(times), Some(changes)) = (times.as_object_mut(), timing.as_object()) {
             times.extend(changes.clone());
         }
-        let config = json!({"watchNamespaces": [self.namespace], "timing": times});
+        let config = json!({"watchNamespaces": [self.namespace], "timing": times, "networks": networks});
         let name = format!("{}-{:06x}", self.namespace, fastrand::u32(..0x100_0000));
         let path = self.env.run_dir.join(format!("{name}.yaml"));
         std::fs::write(&path, config.to_string())?;

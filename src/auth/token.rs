@@ -23,14 +23,25 @@ pub enum Scope {
     Pull(RepositoryName),
     /// Read from and write to a repository.
     PullPush(RepositoryName),
+    /// The same, and read from the second: what mounting a blob of it needs.
+    Mount(RepositoryName, RepositoryName),
+}
+
+impl Scope {
+    /// The values of the `scope` parameters to ask for it with, one for each repository.
+    #[must_use]
+    pub fn parameters(&self) -> Vec<String> {
+        match self {
+            Self::Pull(name) => vec![format!("repository:{name}:pull")],
+            Self::PullPush(name) => vec![format!("repository:{name}:pull,push")],
+            Self::Mount(to, from) => vec![format!("repository:{to}:pull,push"), format!("repository:{from}:pull")],
+        }
+    }
 }
 
 impl fmt::Display for Scope {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Pull(name) => write!(f, "repository:{name}:pull"),
-            Self::PullPush(name) => write!(f, "repository:{name}:pull,push"),
-        }
+        f.write_str(&self.parameters().join(" "))
     }
 }
 

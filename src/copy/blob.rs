@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     oci::{Descriptor, Digest},
-    registry::{BlobStream, Error, ErrorKind, HoldBack, MountFrom, Repository, Started, StreamError, Upload},
+    registry::{BlobStream, Error, ErrorKind, HoldBack, Repository, Started, StreamError, Upload},
 };
 
 /// Blobs up to this size are held in memory.
@@ -36,15 +36,23 @@ pub(super) async fn transfer(
 ) -> Result<(), CopyError> {
     let descriptor = with_size(source, descriptor).await?;
     run.progress().found(descriptor.size);
-    let mount = (!resend).then_some(&MountFrom::Itself);
     let mut sessions = 0;
     let mut corrupt_before = false;
     loop {
-        let started = target.start_upload(&descriptor.digest, mount).await.map_err(CopyError::target)?;
-        let Started::Session(upload) = started else {
-            run.progress().moved(descriptor.size);
-            run.count_present();
-            return Ok(());
+        let mount = (!resend).then(|| run.mount_for(target, &descriptor.digest));
+        let started = target.start_upload(&descriptor.digest, mount.as_ref()).await.map_err(CopyError::target)?;
+        let upload = match started {
+            Started::Session(upload) => upload,
+            there => {
+                if matches!(there, Started::Mounted) {
+                    run.count_mounted()
+                } else {
+                    run.count_present()
+                }
+                run.progress().moved(descriptor.size);
+                run.holds(target, &descriptor);
+                return Ok(());
+            }
         };
         let session = run.open(upload.clone());
         sessions += 1;
@@ -52,6 +60,7 @@ pub(super) async fn transfer(
             Ok(()) => {
                 session.finish();
                 run.count_copied(descriptor.size);
+                run.holds(target, &descriptor);
                 return Ok(());
             }
             Err(error) => error,

@@ -2,7 +2,10 @@
 
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -105,6 +108,7 @@ struct Inner {
 pub(super) struct Login {
     first: AsyncMutex<()>,
     asked: Mutex<Option<Vec<Challenge>>>,
+    refuses_mounts: AtomicBool,
 }
 
 impl Login {
@@ -115,6 +119,16 @@ impl Login {
         }
         let guard = self.first.lock().await;
         if self.asked().is_some() { None } else { Some(guard) }
+    }
+
+    /// Whether mounting from another repository has been refused.
+    pub(super) fn refuses_mounts(&self) -> bool {
+        self.refuses_mounts.load(Ordering::Relaxed)
+    }
+
+    /// Mounting from another repository is not tried again.
+    pub(super) fn mounts_refused(&self) {
+        self.refuses_mounts.store(true, Ordering::Relaxed);
     }
 
     /// What the registry asks for.

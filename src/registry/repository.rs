@@ -318,6 +318,15 @@ impl Repository {
         self.inner.credentials.get(index)
     }
 
+    /// Whether both handles show the same credential to the same registry.
+    pub(crate) fn shares_credential_with(&self, other: &Self) -> bool {
+        let shown = |repository: &Self| {
+            let index = repository.chosen().load(Ordering::Relaxed);
+            repository.credential(index).map(|credential| credential.fingerprint().clone())
+        };
+        self.registry_key() == other.registry_key() && shown(self) == shown(other)
+    }
+
     /// Goes on to the credential after `index`, for everybody. False if there is none.
     pub(super) fn choose_next(&self, index: usize) -> bool {
         if index + 1 >= self.inner.credentials.len() {

@@ -20,7 +20,7 @@ use super::{
     network::Denied,
     repository::Repository,
 };
-use crate::auth::{Challenge, Token, TokenKey, realm_is_trusted};
+use crate::auth::{Challenge, Scope, Token, TokenKey, realm_is_trusted};
 
 /// Repetitions of a request, the first one aside.
 const MAX_RETRIES: u32 = 4;
@@ -40,11 +40,13 @@ pub(super) struct Request {
     pub(super) subject: String,
     pub(super) headers: HeaderMap,
     pub(super) body: Bytes,
+    /// What a token for it must grant, where that is not what the repository needs otherwise.
+    pub(super) scope: Option<Scope>,
 }
 
 impl Request {
     pub(super) fn new(step: Step, method: Method, url: Url, subject: impl Into<String>) -> Self {
-        Self { step, method, url, subject: subject.into(), headers: HeaderMap::new(), body: Bytes::new() }
+        Self { step, method, url, subject: subject.into(), headers: HeaderMap::new(), body: Bytes::new(), scope: None }
     }
 }
 
@@ -127,7 +129,8 @@ impl Repository {
         loop {
             let first = login.first_contact().await;
             let index = self.chosen().load(Ordering::Relaxed);
-            let authorization = match self.authorization(index, refused.as_ref(), &request.subject).await {
+            let scope = request.scope.as_ref().unwrap_or_else(|| self.scope());
+            let authorization = match self.authorization(index, refused.as_ref(), scope, &request.subject).await {
                 Ok(authorization) => authorization,
                 Err(error) if is_refusal(error.status()) && self.choose_next(index) => continue,
                 Err(error) => return Err(error),
@@ -166,7 +169,7 @@ impl Repository {
                 if let ErrorKind::Status { credential, message, .. } = &mut error.kind {
                     *credential = self.credential(index).map(|credential| credential.origin().to_owned());
                     if scope_refused {
-                        *message = Some(format!("the token server did not grant {}", self.scope()));
+                        *message = Some(format!("the token server did not grant {scope}"));
                     }
                 }
             }
@@ -250,6 +253,7 @@ impl Repository {
         &self,
         index: usize,
         refused: Option<&Token>,
+        scope: &Scope,
         subject: &str,
     ) -> Result<Authorization, Error> {
         let challenges = self.login().challenges();
@@ -258,9 +262,9 @@ impl Repository {
             let key = TokenKey {
                 registry: self.registry_key().to_owned(),
                 credential: self.credential(index).map(|credential| credential.fingerprint().clone()),
-                scope: self.scope().clone(),
+                scope: scope.clone(),
             };
-            let fetch = || self.fetch_token(realm, service.as_deref(), index, subject);
+            let fetch = || self.fetch_token(realm, service.as_deref(), index, scope, subject);
             return self.client().tokens().get(key, refused, fetch).await.map(Authorization::Token);
         }
         let basic = challenges.contains(&Challenge::Basic);
@@ -275,6 +279,7 @@ impl Repository {
         realm: &str,
         service: Option<&str>,
         index: usize,
+        scope: &Scope,
         subject: &str,
     ) -> Result<Token, Error> {
         let fail = |kind, host: &str| Error::new(kind, Step::Token, host, subject);
@@ -287,7 +292,7 @@ impl Repository {
         }
         url.query_pairs_mut()
             .extend_pairs(service.map(|service| ("service", service)))
-            .append_pair("scope", &self.scope().to_string());
+            .extend_pairs(scope.parameters().iter().map(|scope| ("scope", scope)));
         let authorization = self.credential(index).map_or(Authorization::Nothing, |c| Authorization::Basic(c.basic()));
         let request = Request::new(Step::Token, Method::GET, url.clone(), subject);
         let response = self.dispatch(&request, url, authorization.header()).await?;

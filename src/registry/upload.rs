@@ -17,7 +17,10 @@ use super::{
     repository::Repository,
     send::{Request, Response, host_of, transport_error},
 };
-use crate::oci::{Digest, RepositoryName};
+use crate::{
+    auth::Scope,
+    oci::{Digest, RepositoryName},
+};
 
 /// Where at the same registry the blob may be already.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -32,6 +35,8 @@ pub enum MountFrom {
 pub enum Started {
     /// The blob is there; nothing is to be sent.
     Present,
+    /// The registry has taken the blob from the other repository; nothing is to be sent.
+    Mounted,
     /// An upload session is open.
     Session(Upload),
 }
@@ -60,21 +65,41 @@ impl Repository {
     /// Opens an upload, or finds that none is needed.
     ///
     /// Without `mount` the registry always opens an upload, also for a blob that it has.
+    ///
+    /// A mount from another repository that is refused is not tried again at this registry: the upload then starts as
+    /// if none had been named.
     pub async fn start_upload(&self, digest: &Digest, mount: Option<&MountFrom>) -> Result<Started, Error> {
+        if let Some(MountFrom::Other(from)) = mount
+            && !self.login().refuses_mounts()
+        {
+            let mut request = self.upload_request(digest, Some(from))?;
+            request.scope = Some(Scope::Mount(self.name().clone(), from.clone()));
+            match self.start(&request, digest, true).await {
+                Err(error) if error.status().is_some_and(|status| status.is_client_error()) => {
+                    tracing::debug!(%error, "mounts are not tried again at this registry");
+                    self.login().mounts_refused();
+                }
+                result => return result,
+            }
+        }
+        let request = self.upload_request(digest, mount.map(|_| self.name()))?;
+        self.start(&request, digest, false).await
+    }
+
+    fn upload_request(&self, digest: &Digest, mount_from: Option<&RepositoryName>) -> Result<Request, Error> {
         let mut url = self.url("blobs/uploads/")?;
-        if let Some(mount) = mount {
-            let from = match mount {
-                MountFrom::Itself => self.name(),
-                MountFrom::Other(name) => name,
-            };
+        if let Some(from) = mount_from {
             url.query_pairs_mut().append_pair("mount", &digest.to_string()).append_pair("from", from.as_str());
         }
-        let request = Request::new(Step::StartUpload, Method::POST, url, format!("{}@{digest}", self.name()));
-        let response = self.execute(&request).await?;
+        Ok(Request::new(Step::StartUpload, Method::POST, url, format!("{}@{digest}", self.name())))
+    }
+
+    async fn start(&self, request: &Request, digest: &Digest, is_mount: bool) -> Result<Started, Error> {
+        let response = self.execute(request).await?;
         if response.inner.status() == StatusCode::CREATED {
-            return Ok(Started::Present);
+            return Ok(if is_mount { Started::Mounted } else { Started::Present });
         }
-        let location = self.location(&request, &response)?;
+        let location = self.location(request, &response)?;
         Ok(Started::Session(Upload { repository: self.clone(), digest: digest.clone(), location }))
     }
 
@@ -112,7 +137,7 @@ impl Upload {
         let request = self.request();
         let repository = &self.repository;
         let index = repository.chosen().load(Ordering::Relaxed);
-        let authorization = repository.authorization(index, None, &request.subject).await?;
+        let authorization = repository.authorization(index, None, repository.scope(), &request.subject).await?;
         let host = host_of(&request.url);
         let permit = repository.client().limits(&host).request().await;
         let mut built = reqwest::Request::new(Method::PUT, request.url.clone());

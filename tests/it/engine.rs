@@ -330,3 +330,32 @@ async fn without_secrets_in_the_files_the_docker_configuration_is_used() -> Resu
     ensure!(testenv::Client::new(bench.env, open)?.holds(&bench.repository("copy"), "1", &image).await?);
     Ok(())
 }
+
+#[tokio::test]
+async fn a_layer_that_two_images_share_is_sent_once_and_mounted() -> Result<()> {
+    let bench = Bench::new("mount");
+    let image = Image::single(141, &[2_000_000]);
+    for name in ["agent", "cluster-agent"] {
+        bench.push(&bench.env.source, name, "1", &image).await?;
+    }
+    let target = Proxy::to(bench.env, &bench.env.target).start().await?;
+    // One after the other: the second finds what the first has brought.
+    let file = bench.file(&bench.env.source, target.registry(), &[("agent", &["1"]), ("cluster-agent", &["1"])])?;
+    let gate = testenv::proxy::Gate::new();
+    target.rule(Matcher::new().repository(&bench.repository("cluster-agent")), Action::Gate(gate.clone()));
+    let sync = tokio::process::Command::from(imagemirror(&["sync", "-o", "json", "-f"])).arg(file).output();
+    let first = Matcher::new().method("PUT").route(Route::Manifest).repository(&bench.repository("agent"));
+    let in_order = async {
+        target.wait_for_request(&first).await?;
+        gate.open();
+        target.clear();
+        Ok::<_, anyhow::Error>(())
+    };
+    let (output, in_order) = tokio::join!(sync, in_order);
+    in_order?;
+    let report: Value = serde_json::from_slice(&output?.stdout)?;
+    let totals = &report["mirrors"][0]["totals"];
+    ensure!(totals["blobsMounted"] == 1 && totals["blobsCopied"] == 3, "{totals}");
+    ensure!(bench.holds("agent", "1", &image).await? && bench.holds("cluster-agent", "1", &image).await?);
+    Ok(())
+}

@@ -39,7 +39,7 @@ pub(super) struct BodyState {
     failure: Mutex<Option<Error>>,
 }
 
-/// What hyper is told when a body fails; the cause is in [`BodyState`].
+/// What hyper is told when a body fails; the cause is kept beside it.
 #[derive(Debug, thiserror::Error)]
 #[error("the blob could not be read to its end")]
 pub struct BodyFailed;

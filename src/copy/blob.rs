@@ -45,9 +45,9 @@ pub(super) async fn transfer(
             Started::Session(upload) => upload,
             there => {
                 if matches!(there, Started::Mounted) {
-                    run.count_mounted()
+                    run.count_mounted();
                 } else {
-                    run.count_present()
+                    run.count_present();
                 }
                 run.progress().moved(descriptor.size);
                 run.holds(target, &descriptor);

@@ -9,6 +9,7 @@ mod engine;
 mod faults;
 mod lifecycle;
 mod main_job;
+mod mutations;
 mod packaging;
 mod secrecy;
 mod support;

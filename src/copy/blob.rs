@@ -39,7 +39,7 @@ pub(super) async fn transfer(
     let mut sessions = 0;
     let mut corrupt_before = false;
     loop {
-        let mount = (!resend).then(|| run.mount_for(target, &descriptor.digest));
+        let mount = (!resend).then(|| target.mount_for(&descriptor));
         let started = target.start_upload(&descriptor.digest, mount.as_ref()).await.map_err(CopyError::target)?;
         let upload = match started {
             Started::Session(upload) => upload,
@@ -50,7 +50,7 @@ pub(super) async fn transfer(
                     run.count_present();
                 }
                 run.progress().moved(descriptor.size);
-                run.holds(target, &descriptor);
+                target.holds(&descriptor);
                 return Ok(());
             }
         };
@@ -60,7 +60,7 @@ pub(super) async fn transfer(
             Ok(()) => {
                 session.finish();
                 run.count_copied(descriptor.size);
-                run.holds(target, &descriptor);
+                target.holds(&descriptor);
                 return Ok(());
             }
             Err(error) => error,

@@ -17,14 +17,12 @@ use tokio::{
 
 use super::Fence;
 use crate::{
-    oci::{Descriptor, Digest},
-    registry::{MountFrom, Repository, Upload},
+    oci::Digest,
+    registry::{Repository, Upload},
 };
 
 /// All small blobs of a run that are in memory at one time, in bytes.
 const SMALL_BLOBS_IN_MEMORY: u32 = 16 << 20;
-/// A mount from another repository costs a token of its own, which small blobs are not worth.
-const WORTH_MOUNTING: u64 = 1 << 20;
 /// Cancelling sessions is best effort and never holds up the end of a run.
 const CLEAN_UP_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -38,8 +36,6 @@ pub struct Run {
     progress: Arc<Progress>,
     fence: Fence,
     done: Mutex<HashMap<Place, Cell>>,
-    /// By host and digest: a repository that the blob was brought to.
-    holders: Mutex<HashMap<Place, Repository>>,
     small: Semaphore,
     abandoned: Mutex<Vec<Upload>>,
     bytes_copied: AtomicU64,
@@ -128,7 +124,6 @@ impl Run {
             progress,
             fence,
             done: Mutex::default(),
-            holders: Mutex::default(),
             small: Semaphore::new(SMALL_BLOBS_IN_MEMORY as usize),
             abandoned: Mutex::default(),
             bytes_copied: AtomicU64::new(0),
@@ -176,27 +171,6 @@ impl Run {
     pub(super) fn forget(&self, target: &Repository, digest: &Digest) {
         let key = (format!("{}/{}", target.host(), target.name()), digest.clone());
         self.done.lock().unwrap_or_else(PoisonError::into_inner).remove(&key);
-    }
-
-    /// A large blob is in this repository, from which others of the registry can mount it.
-    pub(super) fn holds(&self, target: &Repository, descriptor: &Descriptor) {
-        if descriptor.size >= WORTH_MOUNTING {
-            let key = (target.host().to_string(), descriptor.digest.clone());
-            self.holders.lock().unwrap_or_else(PoisonError::into_inner).insert(key, target.clone());
-        }
-    }
-
-    /// Where the target may take the blob from: a repository that this run brought it to with the same credential, else
-    /// the target repository itself, which then says whether it is there.
-    pub(super) fn mount_for(&self, target: &Repository, digest: &Digest) -> MountFrom {
-        let key = (target.host().to_string(), digest.clone());
-        let holders = self.holders.lock().unwrap_or_else(PoisonError::into_inner);
-        match holders.get(&key) {
-            Some(holder) if holder.name() != target.name() && holder.shares_credential_with(target) => {
-                MountFrom::Other(holder.name().clone())
-            }
-            _ => MountFrom::Itself,
-        }
     }
 
     /// Waits for room for a small blob.

@@ -18,7 +18,7 @@ use super::{
 };
 use crate::{
     auth::{Challenge, TokenCache},
-    oci::Host,
+    oci::{Digest, Host, RepositoryName},
 };
 
 /// How long the client waits for what. Every wait on the network has a bound here.
@@ -101,7 +101,11 @@ struct Inner {
     tokens: TokenCache,
     limits: Mutex<HashMap<String, Arc<HostLimits>>>,
     logins: Mutex<HashMap<String, Arc<Login>>>,
+    holders: Mutex<HashMap<Holding, RepositoryName>>,
 }
+
+/// A registry with the credential that it is shown, and a blob: two tenants share what they know only if both are equal.
+type Holding = ((String, Option<Digest>), Digest);
 
 /// How a registry wants to be logged in to, as far as it has said.
 #[derive(Default)]
@@ -167,6 +171,7 @@ impl Client {
             tokens: TokenCache::default(),
             limits: Mutex::default(),
             logins: Mutex::default(),
+            holders: Mutex::default(),
         };
         Self { inner: Arc::new(inner) }
     }
@@ -215,6 +220,23 @@ impl Client {
         Arc::clone(logins.entry(registry.to_owned()).or_default())
     }
 
+    /// A repository that this process has brought a blob to.
+    pub(super) fn holder(&self, login: (String, Option<Digest>), digest: &Digest) -> Option<RepositoryName> {
+        let holders = self.inner.holders.lock().unwrap_or_else(PoisonError::into_inner);
+        holders.get(&(login, digest.clone())).cloned()
+    }
+
+    /// The blob is in this repository now. It may be gone when it is wanted: a mount then opens an upload instead.
+    pub(super) fn remember_holder(&self, login: (String, Option<Digest>), digest: &Digest, name: &RepositoryName) {
+        let mut holders = self.inner.holders.lock().unwrap_or_else(PoisonError::into_inner);
+        if holders.len() >= Self::MAX_HOLDERS {
+            holders.clear();
+        }
+        holders.insert((login, digest.clone()), name.clone());
+    }
+
+    /// About 16 MiB of memory.
+    const MAX_HOLDERS: usize = 1 << 16;
     /// Redirects lead to hosts that a registry chooses, so that what is kept by host needs a bound.
     const MAX_HOSTS: usize = 1024;
 }

@@ -20,6 +20,7 @@ use super::{
     error::{Error, ErrorKind, Step},
     send::{Request, Response, host_of, transport_error},
     transport::{Transport, TransportError},
+    upload::MountFrom,
 };
 use crate::{
     auth::{Credential, CredentialStore, Scope},
@@ -28,6 +29,8 @@ use crate::{
 
 /// Manifests are read this far (distribution-spec: registries should accept 4 MiB).
 const MAX_MANIFEST: u64 = 4 << 20;
+/// A mount from another repository costs a token of its own, which small blobs are not worth.
+const WORTH_MOUNTING: u64 = 1 << 20;
 const CONTENT_DIGEST: &str = "docker-content-digest";
 
 /// How a registry is reached, and with which credentials.
@@ -318,13 +321,27 @@ impl Repository {
         self.inner.credentials.get(index)
     }
 
-    /// Whether both handles show the same credential to the same registry.
-    pub(crate) fn shares_credential_with(&self, other: &Self) -> bool {
-        let shown = |repository: &Self| {
-            let index = repository.chosen().load(Ordering::Relaxed);
-            repository.credential(index).map(|credential| credential.fingerprint().clone())
-        };
-        self.registry_key() == other.registry_key() && shown(self) == shown(other)
+    /// A large blob is here: other repositories of the registry can mount it.
+    pub(crate) fn holds(&self, descriptor: &Descriptor) {
+        if descriptor.size >= WORTH_MOUNTING {
+            self.client().remember_holder(self.login_key(), &descriptor.digest, self.name());
+        }
+    }
+
+    /// Where this repository may take the blob from: another one that it was brought to with the same credential, else
+    /// this one itself, which then says whether it is there.
+    pub(crate) fn mount_for(&self, descriptor: &Descriptor) -> MountFrom {
+        let holder = self.client().holder(self.login_key(), &descriptor.digest);
+        match holder.filter(|holder| holder != self.name()) {
+            Some(holder) => MountFrom::Other(holder),
+            None => MountFrom::Itself,
+        }
+    }
+
+    /// The registry as it is reached, and the credential that it is shown.
+    fn login_key(&self) -> (String, Option<Digest>) {
+        let credential = self.credential(self.chosen().load(Ordering::Relaxed));
+        (self.registry_key().to_owned(), credential.map(|credential| credential.fingerprint().clone()))
     }
 
     /// Goes on to the credential after `index`, for everybody. False if there is none.

@@ -106,6 +106,9 @@ pub struct ImageReport {
     pub action: Option<Action>,
     /// Why it is not in step.
     pub failure: Option<Failure>,
+    /// Whether this run looked at it; else what is said here is from an earlier one.
+    #[serde(skip)]
+    pub is_news: bool,
 }
 
 /// Why an image is not in step.
@@ -116,6 +119,18 @@ pub struct Failure {
     pub reason: Reason,
     /// What happened, where, and what to do.
     pub message: String,
+}
+
+/// Longer messages are cut: parts of them are what a registry sent.
+const MAX_MESSAGE: usize = 640;
+
+impl Failure {
+    /// A failure whose message has no control characters and at most 640 characters.
+    #[must_use]
+    pub fn new(reason: Reason, message: &str) -> Self {
+        let printable = message.chars().map(|c| if c.is_control() { ' ' } else { c });
+        Self { reason, message: printable.take(MAX_MESSAGE).collect() }
+    }
 }
 
 impl SyncReport {
@@ -159,16 +174,20 @@ pub async fn sync(
     let run = Run::new(Arc::clone(&progress), fence);
     let deadline = Instant::now() + request.timeout;
     let repositories = Repositories::of(client, request, registries);
-    let one = async |image| {
+    let one = async |(number, image)| {
         let report = image_report(&run, image, &repositories, registries, deadline, request.timeout).await;
         progress.image_done();
-        report
+        (number, report)
     };
-    let images: Vec<_> = request.images.iter().map(one).collect();
-    let images = stream::iter(images).buffered(IMAGES_AT_ONCE).collect::<Vec<_>>();
+    let images: Vec<_> = request.images.iter().enumerate().map(one).collect();
+    // In the order in which they end: one that takes long does not hold up those behind it.
+    let images = stream::iter(images).buffer_unordered(IMAGES_AT_ONCE).collect::<Vec<_>>();
     let images = cancel.run_until_cancelled(images).await;
     run.clean_up().await;
-    Some(SyncReport { started_at, finished_at: Timestamp::now(), images: images?, totals: run.totals() })
+    let mut images = images?;
+    images.sort_by_key(|(number, _)| *number);
+    let images = images.into_iter().map(|(_, report)| report).collect();
+    Some(SyncReport { started_at, finished_at: Timestamp::now(), images, totals: run.totals() })
 }
 
 /// The handles of a run: images of one repository share what is learned about its credentials.
@@ -211,6 +230,7 @@ async fn image_report(
         digest: None,
         action: None,
         failure: None,
+        is_news: true,
     };
     let outcome = match &image.blocked {
         Some(failure) => Err(failure.clone()),
@@ -258,12 +278,11 @@ impl From<CopyError> for ImageError {
 impl ImageError {
     fn into_failure(self) -> Failure {
         match self {
-            Self::Setup(error, side) => Failure { reason: error.reason(side), message: error.to_string() },
-            Self::Copy(error) => Failure { reason: error.reason(), message: error.message() },
-            Self::NotFound(message) => Failure { reason: Reason::SourceNotFound, message },
+            Self::Setup(error, side) => Failure::new(error.reason(side), &error.to_string()),
+            Self::Copy(error) => Failure::new(error.reason(), &error.message()),
+            Self::NotFound(message) => Failure::new(Reason::SourceNotFound, &message),
             Self::Unprepared => {
-                let message = "the source registry was not prepared for this run".to_owned();
-                Failure { reason: Reason::InternalError, message }
+                Failure::new(Reason::InternalError, "the source registry was not prepared for this run")
             }
         }
     }
@@ -351,7 +370,7 @@ impl SyncReport {
 impl ImageReport {
     /// The same image in a run that did not look at it.
     fn unchanged(&self) -> Self {
-        Self { action: self.action.map(|_| Action::Unchanged), ..self.clone() }
+        Self { action: self.action.map(|_| Action::Unchanged), is_news: false, ..self.clone() }
     }
 }
 
@@ -368,6 +387,7 @@ mod tests {
             digest: None,
             action: (!failed).then_some(Action::Copy),
             failure,
+            is_news: true,
         }
     }
 

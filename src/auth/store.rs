@@ -115,12 +115,6 @@ impl CredentialStore {
         found.sort_by_key(|entry| std::cmp::Reverse(entry.key.len));
         found.into_iter().map(|entry| Arc::clone(&entry.credential)).collect()
     }
-
-    /// Whether there is no credential at all.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.entries.is_empty()
-    }
 }
 
 impl fmt::Debug for CredentialStore {

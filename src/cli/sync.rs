@@ -269,6 +269,13 @@ fn docker_login(host: &Host) -> Result<Option<CredentialStore>, Failure> {
             | CredentialRetrievalError::NoCredentialConfigured
             | CredentialRetrievalError::ConfigReadError,
         ) => Ok(None),
+        // What helpers say where there is no login; the protocol has no other way to say it.
+        Err(CredentialRetrievalError::HelperFailure { stdout, .. }) if stdout.contains("credentials not found") => {
+            Ok(None)
+        }
+        Err(CredentialRetrievalError::HelperFailure { helper, .. }) => {
+            Err(Failure::Usage(format!("{ORIGIN} gives no login for {host}: the credential helper {helper} failed")))
+        }
         Err(error) => Err(Failure::Usage(format!("{ORIGIN} gives no login for {host}: {error}"))),
     }
 }

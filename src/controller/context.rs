@@ -122,11 +122,16 @@ impl Context {
         Ok(())
     }
 
-    fn observe(&self, id: &Identity, status: &ImageMirrorStatus) {
+    /// Shows a status in the metrics, also one that this replica did not write.
+    pub(super) fn observe(&self, id: &Identity, status: &ImageMirrorStatus) {
         let summary = status.summary.unwrap_or_default();
         let conditions: Vec<_> =
             status.conditions.iter().map(|condition| (condition.type_.as_str(), condition.status.as_str())).collect();
         self.metrics.observe_status(&id.namespace, &id.name, &summary, &conditions);
+        let is_ready = conditions.contains(&("Ready", "True"));
+        if let Some(last) = status.last_sync.as_ref().filter(|_| is_ready) {
+            self.metrics.observe_success(&id.namespace, &id.name, last.finished());
+        }
     }
 }
 

@@ -4,11 +4,12 @@ use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
 
+use super::runner::Times;
 use crate::{
-    api::ImageMirrorStatus,
+    api::{ConditionType, ImageMirrorStatus, Status},
     config::Timing,
     mirror::ValidatedMirror,
-    reason::Retry,
+    reason::{Reason, Retry},
     schedule::{next_retry, next_run},
 };
 
@@ -30,8 +31,10 @@ pub(super) enum Decision {
 pub(super) enum Scope {
     /// Every image.
     All,
-    /// Those that failed in the last run.
-    Failed,
+    /// Those whose failure passes by itself.
+    Transient,
+    /// Those, and the ones that a credential may heal.
+    Authentication,
 }
 
 /// The run of an object.
@@ -44,12 +47,13 @@ pub(super) enum RunState<'a> {
 }
 
 /// Decides. `credentials_changed` is whether the Secrets say something else than in the last run; `spread` in 0..1 is
-/// the object's place within the jitter.
+/// the object's place within the jitter, `times` when this process last looked at which images.
 pub(super) fn decide(
     mirror: &ValidatedMirror,
     status: &ImageMirrorStatus,
     run: RunState<'_>,
     credentials_changed: bool,
+    times: Option<Times>,
     spread: f64,
     timing: &Timing,
     now: Timestamp,
@@ -68,18 +72,25 @@ pub(super) fn decide(
     let Some(last) = status.last_sync.as_ref().filter(|last| last.spec_hash == mirror.spec_hash) else {
         return Decision::Start(Scope::All);
     };
-    if is_requested(mirror, status) {
+    if is_requested(mirror, status) || is_unsettled(status) {
         return Decision::Start(Scope::All);
     }
-    let due = next_run(last.finished(), mirror.interval, spread);
+    // Without memory, after a restart, the last run was of everything as far as anybody knows.
+    let times = times.unwrap_or(Times { all: last.finished(), authentication: last.finished() });
+    let due = next_run(times.all, mirror.interval, spread);
     if due <= now {
         return Decision::Start(Scope::All);
     }
-    let retry_at = retry_at(status, last.finished(), timing);
-    if credentials_changed || retry_at.is_some_and(|at| at <= now) {
-        return Decision::Start(Scope::Failed);
+    let transient = retry_at(status, Retry::Transient, last.finished(), timing);
+    let authentication = retry_at(status, Retry::Authentication, times.authentication, timing);
+    let is_due = |at: Option<Timestamp>| at.is_some_and(|at| at <= now);
+    if credentials_changed || is_due(authentication) {
+        return Decision::Start(Scope::Authentication);
     }
-    let next = retry_at.map_or(due, |at| at.min(due));
+    if is_due(transient) {
+        return Decision::Start(Scope::Transient);
+    }
+    let next = [transient, authentication].into_iter().flatten().fold(due, Ord::min);
     let wait = Duration::try_from(next.duration_since(now)).unwrap_or(Duration::ZERO);
     let poll = waiting_for_credentials(status).map(|since| credentials_poll(since, now, timing));
     Decision::Wait(poll.map_or(wait, |poll| poll.min(wait)))
@@ -96,15 +107,19 @@ pub(super) fn waiting_for_credentials(status: &ImageMirrorStatus) -> Option<Time
     waiting.map(|failure| failure.since.0).min()
 }
 
-/// The first moment at which one of the failures is worth another try.
-fn retry_at(status: &ImageMirrorStatus, last: Timestamp, timing: &Timing) -> Option<Timestamp> {
+/// Whether the conditions still speak of a run that never ended: one for a spec that has been taken back since.
+pub(super) fn is_unsettled(status: &ImageMirrorStatus) -> bool {
+    let unsettled = [Reason::Progressing, Reason::InvalidSpec, Reason::Suspended].map(Reason::as_str);
+    let ready = status.conditions.iter().find(|condition| condition.type_ == ConditionType::Ready.as_str());
+    ready.is_none_or(|ready| ready.status == Status::Unknown.as_str() || unsettled.contains(&ready.reason.as_str()))
+}
+
+/// The first moment at which a failure of this class is worth another try.
+fn retry_at(status: &ImageMirrorStatus, class: Retry, last: Timestamp, timing: &Timing) -> Option<Timestamp> {
     let bounds = timing.retry();
     let attempts = |attempts: i64| u32::try_from(attempts).unwrap_or(1);
-    let times = status
-        .failures
-        .iter()
-        .filter_map(|failure| next_retry(last, failure.reason.retry(), attempts(failure.attempts), &bounds));
-    times.min()
+    let of_class = status.failures.iter().filter(|failure| failure.reason.retry() == class);
+    of_class.filter_map(|failure| next_retry(last, class, attempts(failure.attempts), &bounds)).min()
 }
 
 /// How long until the Secrets are read again: often at first, then about as long as it has lasted.
@@ -140,6 +155,7 @@ mod tests {
 
     use super::*;
     use crate::{
+        api::ConditionSet,
         api::v1alpha1::{FailureStatus, LastSync},
         mirror::validate,
         reason::Reason,
@@ -172,7 +188,9 @@ mod tests {
             blobs_mounted: 0,
             blobs_present: 0,
         };
-        ImageMirrorStatus { last_sync: Some(last), ..ImageMirrorStatus::default() }
+        let mut conditions = ConditionSet::new(&[], 1, seconds(0));
+        conditions.set(ConditionType::Ready, Status::True, Reason::Succeeded, "");
+        ImageMirrorStatus { last_sync: Some(last), conditions: conditions.finish(), ..ImageMirrorStatus::default() }
     }
 
     fn failed(mirror: &ValidatedMirror, reason: Reason, attempts: i64) -> ImageMirrorStatus {
@@ -188,7 +206,7 @@ mod tests {
     }
 
     fn at(mirror: &ValidatedMirror, status: &ImageMirrorStatus, now: i64) -> Decision {
-        decide(mirror, status, RunState::Idle, false, 0.5, &Timing::default(), seconds(now))
+        decide(mirror, status, RunState::Idle, false, None, 0.5, &Timing::default(), seconds(now))
     }
 
     #[test]
@@ -218,7 +236,7 @@ mod tests {
         let mirror = mirror(", interval: 2h", None);
         let running = |spec_hash, cancelled, since| {
             let run = RunState::Running { spec_hash, cancelled, since: Duration::from_secs(since) };
-            decide(&mirror, &synced(&mirror), run, false, 0.5, &Timing::default(), seconds(0))
+            decide(&mirror, &synced(&mirror), run, false, None, 0.5, &Timing::default(), seconds(0))
         };
         assert_eq!(running(&mirror.spec_hash, false, 0), Decision::Wait(Duration::from_secs(2)));
         assert_eq!(running(&mirror.spec_hash, false, 5), Decision::Wait(Duration::from_secs(10)));
@@ -234,7 +252,7 @@ mod tests {
             at(&mirror, &failed(&mirror, Reason::SourceUnavailable, 1), 29),
             Decision::Wait(Duration::from_secs(1))
         );
-        assert_eq!(at(&mirror, &failed(&mirror, Reason::SourceUnavailable, 1), 30), Decision::Start(Scope::Failed));
+        assert_eq!(at(&mirror, &failed(&mirror, Reason::SourceUnavailable, 1), 30), Decision::Start(Scope::Transient));
         assert_eq!(
             at(&mirror, &failed(&mirror, Reason::SourceUnavailable, 3), 30),
             Decision::Wait(Duration::from_secs(90))
@@ -243,7 +261,46 @@ mod tests {
             at(&mirror, &failed(&mirror, Reason::SourceNotFound, 1), 30),
             Decision::Wait(Duration::from_secs(3570))
         );
-        assert_eq!(at(&mirror, &failed(&mirror, Reason::AuthenticationFailed, 1), 900), Decision::Start(Scope::Failed));
+        assert_eq!(
+            at(&mirror, &failed(&mirror, Reason::AuthenticationFailed, 1), 900),
+            Decision::Start(Scope::Authentication)
+        );
+    }
+
+    #[test]
+    fn retries_of_some_do_not_put_off_the_look_at_all() {
+        let mirror = mirror("", None);
+        let mut status = failed(&mirror, Reason::SourceUnavailable, 9);
+        let retried = |status: &ImageMirrorStatus, all, now| {
+            let times = Times { all: seconds(all), authentication: seconds(all) };
+            decide(&mirror, status, RunState::Idle, false, Some(times), 0.5, &Timing::default(), seconds(now))
+        };
+        if let Some(last) = &mut status.last_sync {
+            last.finished_at = Time(seconds(3500));
+        }
+        assert_eq!(retried(&status, 0, 3600), Decision::Start(Scope::All));
+        assert_eq!(retried(&status, 3500, 3600), Decision::Wait(Duration::from_secs(800)));
+        // And one class does not hurry the other.
+        let mut refused = failed(&mirror, Reason::AuthenticationFailed, 1);
+        refused.failures.extend(status.failures);
+        assert_eq!(retried(&refused, 0, 900), Decision::Start(Scope::Authentication));
+        assert_eq!(retried(&refused, 100, 960), Decision::Start(Scope::Transient));
+    }
+
+    #[test]
+    fn a_spec_that_is_taken_back_is_carried_out_again() {
+        let mirror = mirror("", None);
+        for (state, reason) in [
+            (Status::Unknown, Reason::Progressing),
+            (Status::False, Reason::InvalidSpec),
+            (Status::False, Reason::Suspended),
+        ] {
+            let mut status = synced(&mirror);
+            let mut conditions = ConditionSet::new(&status.conditions, 2, seconds(1));
+            conditions.set(ConditionType::Ready, state, reason, "");
+            status.conditions = conditions.finish();
+            assert_eq!(at(&mirror, &status, 2), Decision::Start(Scope::All), "{reason}");
+        }
     }
 
     #[test]
@@ -255,8 +312,8 @@ mod tests {
         assert_eq!(at(&mirror, &status, 121), Decision::Wait(Duration::from_secs(10)));
         assert_eq!(at(&mirror, &status, 160), Decision::Wait(Duration::from_secs(40)));
         assert_eq!(at(&mirror, &status, 500), Decision::Wait(Duration::from_mins(5)));
-        let changed = decide(&mirror, &status, RunState::Idle, true, 0.5, &Timing::default(), seconds(1));
-        assert_eq!(changed, Decision::Start(Scope::Failed));
+        let changed = decide(&mirror, &status, RunState::Idle, true, None, 0.5, &Timing::default(), seconds(1));
+        assert_eq!(changed, Decision::Start(Scope::Authentication));
     }
 
     #[test]

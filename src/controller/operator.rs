@@ -7,7 +7,7 @@ use kube::{
     Api, Client, Config as KubeConfig,
     api::ListParams,
     runtime::{
-        Controller, Predicate as _, PredicateConfig, WatchStreamExt as _, predicates,
+        Controller, Predicate as _, PredicateConfig, WatchStreamExt as _, controller, predicates,
         reflector::{self, ObjectRef},
     },
 };
@@ -103,6 +103,7 @@ pub async fn run(config: Config, mut options: Options, shutdown: CancellationTok
             let end =
                 lead(&client, &config, &registry, fence, &metrics, &options.identity, &mut lease, &shutdown).await;
             metrics.set_leader(false);
+            metrics.forget_all();
             if end == KeepEnd::Shutdown {
                 lease.release().await;
                 break;
@@ -134,10 +135,11 @@ async fn lead(
     let stop = CancellationToken::new();
     let controller = tokio::spawn(control(Arc::clone(&context), woken, stop.clone()));
     let end = lease.keep(shutdown).await;
-    // Runs first: nothing of ours may write a tag once the lease is lost.
+    // Nothing of ours may write a tag once the lease is lost: no run starts any more, and those that go on are cancelled.
     stop.cancel();
-    runner.stop(config.timing.shutdown).await;
-    if tokio::time::timeout(config.timing.api_timeout, controller).await.is_err() {
+    let (controller, ()) =
+        tokio::join!(tokio::time::timeout(config.timing.api_timeout, controller), runner.stop(config.timing.shutdown));
+    if controller.is_err() {
         tracing::warn!("reconciles were still going on when the time for them was over");
     }
     end
@@ -172,15 +174,18 @@ async fn control(context: Arc<Context>, woken: mpsc::Receiver<ObjectRef<ImageMir
             None => guarded,
         }
     });
-    let config = kube::runtime::controller::Config::default().concurrency(CONCURRENT_RECONCILES);
+    let config = controller::Config::default().concurrency(CONCURRENT_RECONCILES);
     Controller::for_stream(objects, reader)
         .with_config(config)
         .reconcile_on(woken)
         .graceful_shutdown_on(async move { stop.cancelled().await })
         .run(reconcile, after_error, context)
         .for_each(|outcome| async move {
-            if let Err(error) = outcome {
-                tracing::debug!(%error, "the controller reported");
+            match outcome {
+                Err(controller::Error::QueueError(error)) => tracing::warn!(%error, "the watch of ImageMirrors failed"),
+                // Reconciles have logged their own, and what is gone needs no word.
+                Err(error) => tracing::debug!(%error, "the controller reported"),
+                Ok(_) => {}
             }
         })
         .await;

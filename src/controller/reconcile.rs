@@ -1,6 +1,6 @@
 //! One look at one object: the steps in their order, and what is written of them.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::HashSet, sync::Arc, time::Duration};
 
 use jiff::Timestamp;
 use kube::{
@@ -11,7 +11,7 @@ use kube::{
 
 use super::{
     context::{Context, Current, Identity},
-    decide::{Decision, RunState, Scope, decide, is_requested, spread_of, waiting_for_credentials},
+    decide::{Decision, RunState, Scope, decide, is_requested, is_unsettled, spread_of, waiting_for_credentials},
     error::Error,
     events::Summary,
     resolve::resolve,
@@ -22,6 +22,7 @@ use crate::{
     api::{ConditionType, ImageMirror, ImageMirrorStatus},
     mirror::{InvalidSpec, Prepared, Secrets, ValidatedMirror, prepare, validate},
     plan::Action,
+    reason::{Reason, Retry},
 };
 
 /// An object as it is watched: one that does not fit our types harms nobody but itself.
@@ -49,11 +50,15 @@ pub(super) async fn reconcile(object: Arc<Guarded>, context: Arc<Context>) -> Re
             return Ok(Requeue::await_change());
         }
     };
+    // The run before its outcome: one that ends in between is then seen as going on, and wakes the object again.
+    let view = context.runner.view(&id.uid);
     if let Some(ended) = context.runner.ended(&id.uid) {
         report(&id, &validated, &mut current, &ended, &context).await?;
     }
+    context.observe(&id, &current.status);
     let secrets = changed_secrets(&id, &validated, &current.status, &context).await?;
-    let view = context.runner.view(&id.uid);
+    let times =
+        context.runner.last(&id.uid).filter(|last| last.spec_hash == validated.spec_hash).map(|last| last.times);
     let run = view.as_ref().map_or(RunState::Idle, |view| RunState::Running {
         spec_hash: &view.spec_hash,
         cancelled: view.cancelled,
@@ -61,7 +66,7 @@ pub(super) async fn reconcile(object: Arc<Guarded>, context: Arc<Context>) -> Re
     });
     let spread = spread_of(&id.uid);
     let timing = &context.config.timing;
-    match decide(&validated, &current.status, run, secrets.is_some(), spread, timing, now) {
+    match decide(&validated, &current.status, run, secrets.is_some(), times, spread, timing, now) {
         Decision::Start(scope) => {
             let secrets = match secrets {
                 Some(secrets) => secrets,
@@ -72,8 +77,11 @@ pub(super) async fn reconcile(object: Arc<Guarded>, context: Arc<Context>) -> Re
         }
         Decision::Cancel => {
             context.runner.cancel(&id.uid);
-            let status = status::begun(&validated, &current.status, now);
-            context.apply(&id, &mut current, status).await?;
+            if !validated.suspended {
+                let status = status::begun(&validated, &current.status, now);
+                context.apply(&id, &mut current, status).await?;
+            }
+            // The run wakes the object when it has ended.
             Ok(Requeue::await_change())
         }
         Decision::Wait(wait) => {
@@ -148,8 +156,7 @@ async fn report(
             namespace = %id.namespace, name = %id.name, images = report.images.len(), failed,
             bytes_copied = report.totals.bytes_copied, seconds = seconds.as_secs_f64(), "run ended"
         );
-        let success = (failed == 0).then_some((id.namespace.as_str(), id.name.as_str(), report.finished_at));
-        context.metrics.observe_sync(seconds, report.totals.bytes_copied, success);
+        context.metrics.observe_sync(seconds, report.totals.bytes_copied);
         for summary in summaries(&before, &current.status, ended) {
             context.events.publish(id, summary).await;
         }
@@ -170,6 +177,11 @@ fn summaries(before: &ImageMirrorStatus, after: &ImageMirrorStatus, ended: &Ende
     if restored > 0 && before.last_sync.is_some() {
         let note = format!("{restored} tags at the target were gone or had been changed, and were restored");
         summaries.push(Summary { reason: "DriftRestored", is_warning: false, note });
+    }
+    let limited = ended.report.failed().find(|(_, failure)| failure.reason == Reason::RateLimited);
+    let was_limited = before.failures.iter().any(|failure| failure.reason == Reason::RateLimited);
+    if let Some((_, failure)) = limited.filter(|_| !was_limited) {
+        summaries.push(Summary { reason: "RateLimited", is_warning: true, note: failure.message.clone() });
     }
     let Some((state, reason, message)) = ready(after) else { return summaries };
     let changed = ready(before).is_none_or(|(old, old_reason, _)| (old, old_reason) != (state.clone(), reason.clone()));
@@ -195,14 +207,26 @@ async fn changed_secrets(
         return Ok(None);
     }
     let secrets = resolve(context, mirror).await?;
-    let fingerprint = prepared(mirror, status, &secrets, context).fingerprint;
+    let fingerprint = prepared(id, mirror, status, &secrets, context).fingerprint;
     let unchanged = context.runner.last(&id.uid).is_some_and(|last| last.fingerprint == fingerprint);
     Ok((!unchanged).then_some(secrets))
 }
 
-fn prepared(mirror: &ValidatedMirror, status: &ImageMirrorStatus, secrets: &Secrets, context: &Context) -> Prepared {
+fn prepared(
+    id: &Identity,
+    mirror: &ValidatedMirror,
+    status: &ImageMirrorStatus,
+    secrets: &Secrets,
+    context: &Context,
+) -> Prepared {
     let transport = |host: &crate::oci::Host| context.config.transport_for(host);
-    prepare(mirror, secrets, transport, &status::last_digests(status))
+    let mut last = status::last_digests(status);
+    // The status of a large mirror lists no images; this process still knows them.
+    if let Some(ended) = context.runner.last(&id.uid) {
+        let known = ended.report.images.iter().filter_map(|image| Some((image.target.clone(), image.digest.clone()?)));
+        last.extend(known);
+    }
+    prepare(mirror, secrets, transport, &last)
 }
 
 async fn start(
@@ -213,22 +237,32 @@ async fn start(
     scope: Scope,
     context: &Context,
 ) -> Result<(), Error> {
-    let mut prepared = prepared(mirror, &current.status, secrets, context);
-    let completes =
-        context.runner.last(&id.uid).filter(|last| scope == Scope::Failed && last.spec_hash == mirror.spec_hash);
-    if let Some(last) = &completes {
-        let failed: std::collections::HashSet<&str> =
-            last.report.failed().map(|(image, _)| image.target.as_str()).collect();
-        let mut index = 0;
-        prepared.request.images.retain(|_| {
-            let is_failed =
-                mirror.images.get(index).is_some_and(|image| failed.contains(mirror.target_of(image).as_str()));
-            index += 1;
-            is_failed
-        });
+    let mut prepared = prepared(id, mirror, &current.status, secrets, context);
+    let retry = match scope {
+        Scope::All => None,
+        Scope::Transient => Some(Retry::Transient),
+        Scope::Authentication => Some(Retry::Authentication),
+    };
+    let last = context.runner.last(&id.uid).filter(|last| last.spec_hash == mirror.spec_hash);
+    let completes = last.zip(retry);
+    if let Some((last, retry)) = &completes {
+        let is_due = |reason: Reason| {
+            let class = reason.retry();
+            class == Retry::Transient || (class == Retry::Authentication && *retry == Retry::Authentication)
+        };
+        let due: HashSet<&str> = last
+            .report
+            .failed()
+            .filter(|(_, failure)| is_due(failure.reason))
+            .map(|(image, _)| image.target.as_str())
+            .collect();
+        let images = std::mem::take(&mut prepared.request.images);
+        let with_names = images.into_iter().zip(&mirror.images);
+        let kept = with_names.filter(|(_, image)| due.contains(mirror.target_of(image).as_str()));
+        prepared.request.images = kept.map(|(request, _)| request).collect();
     }
     let is_new = current.status.last_sync.as_ref().is_none_or(|last| last.spec_hash != mirror.spec_hash);
-    if is_new || is_requested(mirror, &current.status) {
+    if is_new || is_requested(mirror, &current.status) || is_unsettled(&current.status) {
         let status = status::begun(mirror, &current.status, Timestamp::now());
         context.apply(id, current, status).await?;
     }
@@ -251,6 +285,13 @@ fn running(
     first: Duration,
     now: Timestamp,
 ) -> ImageMirrorStatus {
+    if mirror.suspended {
+        return ImageMirrorStatus { progress: current.progress, ..status::suspended(mirror, current, now) };
+    }
+    if is_requested(mirror, current) && view.token != mirror.requested_at && !is_unsettled(current) {
+        // Asked for during a run: another follows, and until that has ended nothing is known.
+        return ImageMirrorStatus { progress: current.progress, ..status::begun(mirror, current, now) };
+    }
     if view.progress.bytes_total > 0 && view.since >= first {
         return status::progressing(mirror, current, view.progress, now);
     }

@@ -42,6 +42,11 @@ pub(super) async fn resolve(context: &Context, mirror: &ValidatedMirror) -> Resu
     let read = |name: String| {
         let api = &api;
         async move {
+            // Names become paths. Those in the spec were checked by its schema; a ServiceAccount's were not.
+            if !is_object_name(&name) {
+                let message = format!("{name:?} is not the name of a Secret; correct it in the ServiceAccount");
+                return Ok((name, Err(Problem { reason: Reason::SecretInvalid, message })));
+            }
             let found = named("Secret", &name, call("reading a Secret", deadline, api.get(&name)).await)?;
             Ok::<_, Error>((name, found))
         }
@@ -49,6 +54,17 @@ pub(super) async fn resolve(context: &Context, mirror: &ValidatedMirror) -> Resu
     let found = join_all(names.into_iter().cloned().map(read)).await;
     secrets.found = found.into_iter().collect::<Result<_, _>>()?;
     Ok(secrets)
+}
+
+/// A DNS subdomain (RFC 1123), as the names of Secrets are.
+fn is_object_name(name: &str) -> bool {
+    let is_end = |byte: Option<u8>| byte.is_some_and(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit());
+    let inner = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-' || byte == b'.';
+    name.len() <= 253
+        && name.bytes().all(inner)
+        && is_end(name.bytes().next())
+        && is_end(name.bytes().last())
+        && !name.contains("..")
 }
 
 /// Tells what is wrong with the object's references from what is wrong with the API.
@@ -67,5 +83,18 @@ fn named<T>(kind: &str, name: &str, result: Result<T, Error>) -> Result<Result<T
             Ok(Err(Problem { reason: Reason::Forbidden, message }))
         }
         Err(error) => Err(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_that_would_be_other_paths_are_no_names() {
+        assert!(is_object_name("registry-push.v1"));
+        for bad in ["", "../../other/secrets/x", "a/b", "a b", "A", "-a", "a.", "a..b", &"a".repeat(254)] {
+            assert!(!is_object_name(bad), "{bad}");
+        }
     }
 }

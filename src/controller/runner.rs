@@ -2,7 +2,7 @@
 //! it. A run that ends leaves its outcome here and wakes its object.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     panic::AssertUnwindSafe,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
@@ -24,7 +24,7 @@ use crate::{
     copy::{Fence, Progress, ProgressSnapshot, Totals},
     mirror::{Prepared, Problem},
     oci::Digest,
-    reason::Reason,
+    reason::{Reason, Retry},
     registry,
     sync::{Failure, ImageReport, SyncReport, sync},
     telemetry::metrics::Metrics,
@@ -37,14 +37,25 @@ pub(super) struct Runner {
 }
 
 struct Inner {
-    slots: Mutex<HashMap<String, Slot>>,
+    slots: Mutex<Slots>,
     permits: Semaphore,
     registry: registry::Client,
     fence: Fence,
     wake: mpsc::Sender<ObjectRef<ImageMirror>>,
     tasks: TaskTracker,
+    stop: CancellationToken,
     metrics: Arc<Metrics>,
 }
+
+/// The objects that have had a run, and those that are gone for good: a uid never comes back.
+#[derive(Default)]
+struct Slots {
+    live: HashMap<String, Slot>,
+    gone: HashSet<String>,
+}
+
+/// Objects that were deleted long ago are not reconciled any more.
+const MAX_GONE: usize = 4096;
 
 #[derive(Default)]
 struct Slot {
@@ -57,6 +68,7 @@ struct Current {
     number: u64,
     cancel: CancellationToken,
     spec_hash: String,
+    token: Option<String>,
     progress: Arc<Progress>,
     since: Instant,
 }
@@ -68,8 +80,8 @@ pub(super) struct Job {
     pub(super) generation: i64,
     pub(super) token: Option<String>,
     pub(super) prepared: Prepared,
-    /// The outcome that this run completes, if it covers only what failed there.
-    pub(super) completes: Option<Arc<Ended>>,
+    /// The outcome that this run completes, and which of what failed there it covers.
+    pub(super) completes: Option<(Arc<Ended>, Retry)>,
 }
 
 /// A run that has ended by itself.
@@ -80,11 +92,23 @@ pub(super) struct Ended {
     pub(super) report: SyncReport,
     pub(super) problems: Vec<Problem>,
     pub(super) fingerprint: Digest,
+    pub(super) times: Times,
+}
+
+/// When images were last looked at, which retries of single ones do not change for the others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Times {
+    /// All of them.
+    pub(super) all: Timestamp,
+    /// Those that a registry or a Secret kept us from.
+    pub(super) authentication: Timestamp,
 }
 
 /// A run as it is seen from outside.
 pub(super) struct View {
     pub(super) spec_hash: String,
+    /// The token that it answers.
+    pub(super) token: Option<String>,
     pub(super) cancelled: bool,
     pub(super) since: Duration,
     pub(super) progress: ProgressSnapshot,
@@ -105,6 +129,7 @@ impl Runner {
             fence,
             wake,
             tasks: TaskTracker::new(),
+            stop: CancellationToken::new(),
             metrics,
         };
         Self { inner: Arc::new(inner) }
@@ -112,12 +137,16 @@ impl Runner {
 
     /// Starts a run, unless one is there already.
     pub(super) fn start(&self, job: Job) {
-        let cancel = CancellationToken::new();
+        let cancel = self.inner.stop.child_token();
         let progress = Arc::new(Progress::default());
         let number = fastrand::u64(..);
         {
             let mut slots = self.slots();
-            let slot = slots.entry(job.id.uid.clone()).or_default();
+            // The object may have been deleted, or the lease lost, while its Secrets were read.
+            if self.inner.stop.is_cancelled() || slots.gone.contains(&job.id.uid) {
+                return;
+            }
+            let slot = slots.live.entry(job.id.uid.clone()).or_default();
             if slot.current.is_some() {
                 return;
             }
@@ -125,6 +154,7 @@ impl Runner {
                 number,
                 cancel: cancel.clone(),
                 spec_hash: job.spec_hash.clone(),
+                token: job.token.clone(),
                 progress: Arc::clone(&progress),
                 since: Instant::now(),
             });
@@ -163,6 +193,7 @@ impl Runner {
                     target: format!("{}/{}:{}", registries.target.host, image.target_repository, image.target_tag),
                     digest: None,
                     action: None,
+                    is_news: true,
                     failure: Some(Failure {
                         reason: Reason::InternalError,
                         message: "the run ended by a fault of ImageMirror; its log has the place".into(),
@@ -172,16 +203,20 @@ impl Runner {
                 SyncReport { started_at, finished_at: Timestamp::now(), images, totals: Totals::default() }
             }
         };
-        let report = match completes {
-            Some(earlier) => report.completing(&earlier.report),
-            None => report,
+        let now = report.finished_at;
+        let (report, times) = match completes {
+            None => (report, Times { all: now, authentication: now }),
+            Some((earlier, retry)) => {
+                let authentication = if retry == Retry::Authentication { now } else { earlier.times.authentication };
+                (report.completing(&earlier.report), Times { authentication, ..earlier.times })
+            }
         };
-        Some(Ended { spec_hash, generation, token, report, problems, fingerprint })
+        Some(Ended { spec_hash, generation, token, report, problems, fingerprint, times })
     }
 
     fn finish(&self, uid: &str, number: u64, ended: Option<Ended>) {
         let mut slots = self.slots();
-        let Some(slot) = slots.get_mut(uid) else { return };
+        let Some(slot) = slots.live.get_mut(uid) else { return };
         if slot.current.as_ref().is_some_and(|current| current.number == number) {
             slot.current = None;
             slot.ended = ended.map(Arc::new).or_else(|| slot.ended.take());
@@ -191,9 +226,10 @@ impl Runner {
     /// The run of an object, if there is one.
     pub(super) fn view(&self, uid: &str) -> Option<View> {
         let slots = self.slots();
-        let current = slots.get(uid)?.current.as_ref()?;
+        let current = slots.live.get(uid)?.current.as_ref()?;
         Some(View {
             spec_hash: current.spec_hash.clone(),
+            token: current.token.clone(),
             cancelled: current.cancel.is_cancelled(),
             since: current.since.elapsed(),
             progress: current.progress.snapshot(),
@@ -202,12 +238,12 @@ impl Runner {
 
     /// The outcome of an object's last run, as long as it has not been [acknowledged](Self::acknowledge).
     pub(super) fn ended(&self, uid: &str) -> Option<Arc<Ended>> {
-        self.slots().get(uid)?.ended.clone()
+        self.slots().live.get(uid)?.ended.clone()
     }
 
     /// The outcome has been written to the object.
     pub(super) fn acknowledge(&self, uid: &str) {
-        if let Some(slot) = self.slots().get_mut(uid)
+        if let Some(slot) = self.slots().live.get_mut(uid)
             && let Some(ended) = slot.ended.take()
         {
             slot.last = Some(ended);
@@ -216,38 +252,38 @@ impl Runner {
 
     /// The last outcome that was acknowledged.
     pub(super) fn last(&self, uid: &str) -> Option<Arc<Ended>> {
-        self.slots().get(uid)?.last.clone()
+        self.slots().live.get(uid)?.last.clone()
     }
 
     /// Cancels the run of an object. It wakes its object when it has ended.
     pub(super) fn cancel(&self, uid: &str) {
-        if let Some(current) = self.slots().get(uid).and_then(|slot| slot.current.as_ref()) {
+        if let Some(current) = self.slots().live.get(uid).and_then(|slot| slot.current.as_ref()) {
             current.cancel.cancel();
         }
     }
 
     /// Cancels the run of an object that is gone, and forgets the object.
     pub(super) fn forget(&self, uid: &str) {
-        if let Some(current) = self.slots().remove(uid).and_then(|slot| slot.current) {
+        let mut slots = self.slots();
+        if slots.gone.len() >= MAX_GONE {
+            slots.gone.clear();
+        }
+        slots.gone.insert(uid.to_owned());
+        if let Some(current) = slots.live.remove(uid).and_then(|slot| slot.current) {
             current.cancel.cancel();
         }
     }
 
-    /// Cancels all runs and waits for them to give up what they opened, at most so long.
+    /// Cancels all runs for good, and waits for them to give up what they opened, at most so long.
     pub(super) async fn stop(&self, patience: Duration) {
-        for slot in self.slots().values() {
-            if let Some(current) = &slot.current {
-                current.cancel.cancel();
-            }
-        }
+        self.inner.stop.cancel();
         self.inner.tasks.close();
         if timeout(patience, self.inner.tasks.wait()).await.is_err() {
             tracing::warn!("runs were still ending when the time for it was over");
         }
-        self.inner.tasks.reopen();
     }
 
-    fn slots(&self) -> MutexGuard<'_, HashMap<String, Slot>> {
+    fn slots(&self) -> MutexGuard<'_, Slots> {
         self.inner.slots.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -17,13 +17,15 @@ use crate::{
     copy::ProgressSnapshot,
     mirror::{InvalidSpec, Problem, ValidatedMirror},
     oci::Digest,
-    reason::Reason,
+    reason::{Reason, Retry},
     sync::{Failure, ImageReport, SyncReport},
 };
 
 const MAX_FAILURES: usize = 20;
 const MAX_IMAGES: usize = 100;
 const MAX_IMAGES_BYTES: usize = 48 << 10;
+/// Images and failures together, so that the whole status stays below 64 KiB.
+const MAX_LISTS_BYTES: usize = 56 << 10;
 /// Failures that a condition's message names.
 const NAMED_FAILURES: usize = 3;
 
@@ -48,6 +50,10 @@ pub(super) fn begun(mirror: &ValidatedMirror, current: &ImageMirrorStatus, now: 
         ..current.clone()
     };
     if !same_spec {
+        let mut conditions = ConditionSet::new(&status.conditions, mirror.generation, now);
+        conditions.set(ConditionType::TargetInSync, Status::False, Reason::Progressing, &message);
+        conditions.set(ConditionType::CredentialsResolved, Status::Unknown, Reason::Progressing, "not looked at yet");
+        status.conditions = conditions.finish();
         let known = last_digests(current);
         let synced = mirror.images.iter().filter(|image| known.contains_key(&mirror.target_of(image))).count();
         let total = to_i64(mirror.images.len());
@@ -114,6 +120,7 @@ pub(super) fn suspended(mirror: &ValidatedMirror, current: &ImageMirrorStatus, n
     if !(is_current && is_known) {
         let message = "suspended before this spec was carried out; set spec.suspend to false to go on";
         conditions.set(ConditionType::Ready, Status::False, Reason::Suspended, message);
+        conditions.set(ConditionType::TargetInSync, Status::Unknown, Reason::Suspended, message);
     }
     ImageMirrorStatus {
         observed_generation: mirror.generation,
@@ -134,6 +141,7 @@ pub(super) fn invalid(
     let message = error.to_string();
     conditions.set(ConditionType::Ready, Status::False, Reason::InvalidSpec, &message);
     conditions.set(ConditionType::Stalled, Status::True, Reason::InvalidSpec, &message);
+    conditions.set(ConditionType::TargetInSync, Status::Unknown, Reason::InvalidSpec, &message);
     conditions.remove(ConditionType::Reconciling);
     ImageMirrorStatus {
         observed_generation: generation,
@@ -184,7 +192,9 @@ pub(super) fn finished(
     }
     let failed = to_i64(report.failed().count());
     let total = to_i64(report.images.len());
-    let images = images(current, report, now);
+    let failures = failures(current, report, now);
+    let size_of_failures = serde_json::to_vec(&failures).map_or(0, |bytes| bytes.len());
+    let images = images(current, report, MAX_LISTS_BYTES.saturating_sub(size_of_failures), now);
     ImageMirrorStatus {
         observed_generation: mirror.generation,
         last_handled_reconcile_at: ended.token.clone().or_else(|| current.last_handled_reconcile_at.clone()),
@@ -202,7 +212,7 @@ pub(super) fn finished(
             blobs_present: unsigned(report.totals.blobs_present),
         }),
         progress: None,
-        failures: failures(current, report, now),
+        failures,
         truncated: images.is_none(),
         images: images.unwrap_or_default(),
     }
@@ -248,14 +258,31 @@ fn failures(current: &ImageMirrorStatus, report: &SyncReport, now: Timestamp) ->
             reason: failure.reason,
             message: failure.message.clone(),
             since: before.map_or(Time(now), |before| before.since.clone()),
-            attempts: before.map_or(1, |before| before.attempts.saturating_add(1)),
+            attempts: before.map_or(1, |before| before.attempts.saturating_add(i64::from(image.is_news))),
         }
     };
-    report.failed().map(failure).take(MAX_FAILURES).collect()
+    let mut failures: Vec<FailureStatus> = report.failed().map(failure).collect();
+    // What is tried again soonest first: the list decides when that is.
+    failures.sort_by_key(|failure| match failure.reason.retry() {
+        Retry::Transient => 0,
+        Retry::Authentication => 1,
+        Retry::Permanent => 2,
+    });
+    let mut kept: Vec<FailureStatus> = Vec::new();
+    for failure in failures {
+        // Of each class at least one stays, however many there are of another.
+        let is_new_class = !kept.iter().any(|other| other.reason.retry() == failure.reason.retry());
+        if kept.len() < MAX_FAILURES {
+            kept.push(failure);
+        } else if is_new_class && let Some(last) = kept.last_mut() {
+            *last = failure;
+        }
+    }
+    kept
 }
 
 /// Every image, or nothing where that would be too much.
-fn images(current: &ImageMirrorStatus, report: &SyncReport, now: Timestamp) -> Option<Vec<ImageStatus>> {
+fn images(current: &ImageMirrorStatus, report: &SyncReport, room: usize, now: Timestamp) -> Option<Vec<ImageStatus>> {
     if report.images.len() > MAX_IMAGES {
         return None;
     }
@@ -283,7 +310,7 @@ fn images(current: &ImageMirrorStatus, report: &SyncReport, now: Timestamp) -> O
     };
     let images: Vec<ImageStatus> = report.images.iter().map(status).collect();
     let size = serde_json::to_vec(&images).map_or(usize::MAX, |bytes| bytes.len());
-    (size <= MAX_IMAGES_BYTES).then_some(images)
+    (size <= MAX_IMAGES_BYTES.min(room)).then_some(images)
 }
 
 fn count(n: usize, what: &str) -> String {

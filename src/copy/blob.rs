@@ -112,7 +112,7 @@ async fn send(
 ) -> Result<(), CopyError> {
     let meter = Meter::new(run.progress());
     if descriptor.size <= SMALL {
-        let _room = run.room_for(descriptor.size).await;
+        let _room = target.client().room_for_small(descriptor.size).await;
         let bytes = fetch_small(source, descriptor, &meter).await.map_err(CopyError::source)?;
         upload.put_bytes(bytes).await.map_err(CopyError::target)?;
     } else {

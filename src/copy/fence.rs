@@ -15,13 +15,13 @@ pub enum Fence {
 }
 
 impl Fence {
-    /// Whether a write that takes up to `margin` may begin now.
-    #[must_use]
-    pub fn allows(&self, margin: Duration) -> bool {
-        match self {
-            Self::Open => true,
-            Self::Until(held_until) => held_until.borrow().is_some_and(|until| until >= Instant::now() + margin),
-        }
+    /// Waits until a write that takes up to `margin` may begin: a renewal that is late is waited for. False once the
+    /// lease is lost.
+    pub async fn allows(&self, margin: Duration) -> bool {
+        let Self::Until(held_until) = self else { return true };
+        let mut held_until = held_until.clone();
+        let is_decided = |until: &Option<Instant>| until.is_none_or(|until| until >= Instant::now() + margin);
+        held_until.wait_for(is_decided).await.is_ok_and(|until| until.is_some())
     }
 }
 
@@ -33,10 +33,18 @@ mod tests {
     async fn a_write_begins_only_with_enough_of_the_lease_left() {
         let (sender, receiver) = watch::channel(None);
         let fence = Fence::Until(receiver);
-        assert!(!fence.allows(Duration::ZERO));
+        let margin = Duration::from_secs(9);
+        assert!(!fence.allows(Duration::ZERO).await);
         sender.send_replace(Some(Instant::now() + Duration::from_secs(10)));
-        assert!(fence.allows(Duration::from_secs(9)));
+        assert!(fence.allows(margin).await);
         tokio::time::advance(Duration::from_secs(2)).await;
-        assert!(!fence.allows(Duration::from_secs(9)));
+        // A late renewal is waited for, and so is the word that there will be none.
+        for (renewed, expected) in [(Some(Instant::now() + Duration::from_secs(15)), true), (None, false)] {
+            sender.send_replace(Some(Instant::now() + Duration::from_secs(8)));
+            let (allowed, ()) = tokio::join!(fence.allows(margin), async {
+                sender.send_replace(renewed);
+            });
+            assert_eq!(allowed, expected);
+        }
     }
 }

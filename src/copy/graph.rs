@@ -35,7 +35,7 @@ pub async fn copy(
     let walk = Walk { run, source, target, root: root.digest.clone(), seen: Mutex::default() };
     walk.children(root, 0, false).await?;
     let put = || async {
-        if !run.fence().allows(target.client().timing().tag_write_margin) {
+        if !run.fence().allows(target.client().timing().tag_write_margin).await {
             return Err(target.leadership_lost(tag));
         }
         target.put_tag(tag, root).await
@@ -97,6 +97,8 @@ impl<'a> Walk<'a> {
             self.check_bounds(&descriptor.digest, depth)?;
             let reference = descriptor.digest.to_string();
             let manifest = self.source.manifest(&reference).await.map_err(incomplete)?;
+            let too_much = || self.bounds("its manifests are larger than any image's".to_owned());
+            let _held = self.run.hold_manifest(manifest.bytes.len() as u64).ok_or_else(too_much)?;
             let manifest = RawManifest { media_type: type_to_send(&manifest, descriptor), ..manifest };
             self.children(&manifest, depth, resend).await?;
             match self.target.put_manifest(&reference, &manifest).await {
@@ -120,7 +122,11 @@ impl<'a> Walk<'a> {
         } else {
             return Ok(());
         };
-        Err(CopyError::Bounds { subject: format!("{}@{}", self.source.name(), self.root), what })
+        Err(self.bounds(what))
+    }
+
+    fn bounds(&self, what: String) -> CopyError {
+        CopyError::Bounds { subject: format!("{}@{}", self.source.name(), self.root), what }
     }
 }
 

@@ -10,10 +10,7 @@ use std::{
 };
 
 use serde::{Deserialize, Serialize};
-use tokio::{
-    sync::{OnceCell, Semaphore, SemaphorePermit},
-    time::timeout,
-};
+use tokio::{sync::OnceCell, time::timeout};
 
 use super::Fence;
 use crate::{
@@ -21,8 +18,8 @@ use crate::{
     registry::{Repository, Upload},
 };
 
-/// All small blobs of a run that are in memory at one time, in bytes.
-const SMALL_BLOBS_IN_MEMORY: u32 = 16 << 20;
+/// All manifests of a run that are in memory at one time.
+const MAX_MANIFEST_BYTES: u64 = 32 << 20;
 /// Cancelling sessions is best effort and never holds up the end of a run.
 const CLEAN_UP_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -36,7 +33,7 @@ pub struct Run {
     progress: Arc<Progress>,
     fence: Fence,
     done: Mutex<HashMap<Place, Cell>>,
-    small: Semaphore,
+    manifest_bytes: AtomicU64,
     abandoned: Mutex<Vec<Upload>>,
     bytes_copied: AtomicU64,
     blobs_copied: AtomicU64,
@@ -124,7 +121,7 @@ impl Run {
             progress,
             fence,
             done: Mutex::default(),
-            small: Semaphore::new(SMALL_BLOBS_IN_MEMORY as usize),
+            manifest_bytes: AtomicU64::new(0),
             abandoned: Mutex::default(),
             bytes_copied: AtomicU64::new(0),
             blobs_copied: AtomicU64::new(0),
@@ -173,10 +170,12 @@ impl Run {
         self.done.lock().unwrap_or_else(PoisonError::into_inner).remove(&key);
     }
 
-    /// Waits for room for a small blob.
-    pub(super) async fn room_for(&self, bytes: u64) -> Option<SemaphorePermit<'_>> {
-        let bytes = u32::try_from(bytes).unwrap_or(u32::MAX).min(SMALL_BLOBS_IN_MEMORY);
-        self.small.acquire_many(bytes).await.ok()
+    /// Counts a manifest as held in memory until the guard is dropped. `None` if that would be too much: no image has
+    /// so many, or such large ones.
+    pub(super) fn hold_manifest(&self, bytes: u64) -> Option<HeldManifest<'_>> {
+        let held = self.manifest_bytes.fetch_add(bytes, Ordering::Relaxed) + bytes;
+        let guard = HeldManifest { run: self, bytes };
+        (held <= MAX_MANIFEST_BYTES).then_some(guard)
     }
 
     pub(super) fn count_copied(&self, bytes: u64) {
@@ -195,6 +194,18 @@ impl Run {
     /// Remembers an open session until it is finished: one that is dropped is cancelled by [`clean_up`](Self::clean_up).
     pub(super) fn open(&self, upload: Upload) -> OpenSession<'_> {
         OpenSession { run: self, upload: Some(upload) }
+    }
+}
+
+/// A manifest that is in memory.
+pub(super) struct HeldManifest<'a> {
+    run: &'a Run,
+    bytes: u64,
+}
+
+impl Drop for HeldManifest<'_> {
+    fn drop(&mut self) {
+        self.run.manifest_bytes.fetch_sub(self.bytes, Ordering::Relaxed);
     }
 }
 

@@ -168,6 +168,9 @@ fn fingerprint(secrets: &Secrets) -> Digest {
             Err(problem) => hasher.update(problem.reason.as_str().as_bytes()),
         }
     }
+    if let Some(problem) = &secrets.service_account_problem {
+        hasher.update(problem.reason.as_str().as_bytes());
+    }
     for name in &secrets.of_service_account {
         hasher.update(name.as_bytes());
     }

@@ -7,7 +7,7 @@
 use bytes::Bytes;
 use serde_json::Value;
 
-use super::{Descriptor, Digest, media_type, strict_json};
+use super::{Descriptor, Digest, strict_json};
 
 /// The `Accept` header of every manifest request. A registry may answer 404 for a manifest whose type is not listed,
 /// or convert it, so that all types are listed always.
@@ -115,12 +115,6 @@ impl RawManifest {
             Descriptor { media_type: self.media_type.clone(), digest: self.digest.clone(), size: 0, urls: Vec::new() };
         this.is_manifest()
     }
-
-    /// Whether this is a list of other manifests by its media type.
-    #[must_use]
-    pub fn is_index(&self) -> bool {
-        matches!(self.media_type.as_str(), media_type::OCI_INDEX | media_type::DOCKER_LIST)
-    }
 }
 
 impl Child {
@@ -161,6 +155,7 @@ impl Descriptor {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::oci::media_type;
 
     fn manifest(media_type: &str, text: &str) -> RawManifest {
         RawManifest {

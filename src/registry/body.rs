@@ -5,7 +5,7 @@ use std::{
     pin::Pin,
     sync::{
         Arc, Mutex, PoisonError,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     task::{Context, Poll, ready},
 };
@@ -36,6 +36,7 @@ pub(super) struct BodyState {
     started: Instant,
     last_byte_ms: AtomicU64,
     remaining: AtomicU64,
+    waits_for_source: AtomicBool,
     failure: Mutex<Option<Error>>,
 }
 
@@ -52,6 +53,7 @@ impl HoldBack {
             started: Instant::now(),
             last_byte_ms: AtomicU64::new(0),
             remaining: AtomicU64::new(descriptor.size),
+            waits_for_source: AtomicBool::new(false),
             failure: Mutex::new(None),
         };
         Self {
@@ -83,6 +85,16 @@ impl BodyState {
         self.started + std::time::Duration::from_millis(self.last_byte_ms.load(Ordering::Relaxed))
     }
 
+    /// The request goes out now: time spent waiting for a turn does not count.
+    pub(super) fn begin(&self) {
+        self.moved(self.remaining.load(Ordering::Relaxed));
+    }
+
+    /// Whether it is the source that everybody waits for.
+    pub(super) fn is_waiting_for_source(&self) -> bool {
+        self.waits_for_source.load(Ordering::Relaxed)
+    }
+
     /// Whether every byte has been handed over.
     pub(super) fn is_sent(&self) -> bool {
         self.remaining.load(Ordering::Relaxed) == 0
@@ -112,7 +124,9 @@ impl Body for HoldBack {
         if this.remaining == 0 {
             return Poll::Ready(None);
         }
-        let chunk = match ready!(this.stream.get_mut().poll_next_unpin(context)) {
+        let polled = this.stream.get_mut().poll_next_unpin(context);
+        this.state.waits_for_source.store(polled.is_pending(), Ordering::Relaxed);
+        let chunk = match ready!(polled) {
             Some(Ok(chunk)) => chunk,
             Some(Err(error)) => return this.fail(error),
             None => {

@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use tokio::sync::{Mutex as AsyncMutex, MutexGuard as AsyncMutexGuard};
+use tokio::sync::{Mutex as AsyncMutex, MutexGuard as AsyncMutexGuard, Semaphore, SemaphorePermit};
 
 use super::{
     limits::HostLimits,
@@ -102,7 +102,11 @@ struct Inner {
     limits: Mutex<HashMap<String, Arc<HostLimits>>>,
     logins: Mutex<HashMap<String, Arc<Login>>>,
     holders: Mutex<HashMap<Holding, RepositoryName>>,
+    small_blobs: Semaphore,
 }
+
+/// All small blobs that are in memory at one time, in bytes.
+const SMALL_BLOBS_IN_MEMORY: u32 = 16 << 20;
 
 /// A registry with the credential that it is shown, and a blob: two tenants share what they know only if both are equal.
 type Holding = ((String, Option<Digest>), Digest);
@@ -172,6 +176,7 @@ impl Client {
             limits: Mutex::default(),
             logins: Mutex::default(),
             holders: Mutex::default(),
+            small_blobs: Semaphore::new(SMALL_BLOBS_IN_MEMORY as usize),
         };
         Self { inner: Arc::new(inner) }
     }
@@ -224,6 +229,12 @@ impl Client {
     pub(super) fn holder(&self, login: (String, Option<Digest>), digest: &Digest) -> Option<RepositoryName> {
         let holders = self.inner.holders.lock().unwrap_or_else(PoisonError::into_inner);
         holders.get(&(login, digest.clone())).cloned()
+    }
+
+    /// Waits for room in memory for a small blob.
+    pub(crate) async fn room_for_small(&self, bytes: u64) -> Option<SemaphorePermit<'_>> {
+        let bytes = u32::try_from(bytes).unwrap_or(u32::MAX).min(SMALL_BLOBS_IN_MEMORY);
+        self.inner.small_blobs.acquire_many(bytes).await.ok()
     }
 
     /// The blob is in this repository now. It may be gone when it is wanted: a mount then opens an upload instead.

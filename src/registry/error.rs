@@ -49,6 +49,8 @@ pub enum ErrorKind {
         /// Where the credential came from that was refused with 401 or 403.
         credential: Option<String>,
     },
+    /// The host has asked to be left alone for this long, which is longer than a run waits.
+    Closed(Duration),
     /// The address is in a network that the administrator has closed.
     Denied(Denied),
     /// The registry names a token server that its credentials must not be sent to.
@@ -187,6 +189,7 @@ impl Error {
             | ErrorKind::RealmRefused(_)
             | ErrorKind::RedirectRefused(_)
             | ErrorKind::LocationRefused(_) => Reason::Blocked,
+            ErrorKind::Closed(_) => Reason::RateLimited,
             ErrorKind::TooLarge(_) => Reason::ManifestRefused,
             ErrorKind::Integrity(_) => Reason::IntegrityError,
             ErrorKind::Malformed(_) => unavailable,
@@ -281,6 +284,7 @@ impl fmt::Display for ErrorKind {
                     (None, _) => Ok(()),
                 }
             }
+            Self::Closed(pause) => write!(f, "it asked to be left alone, for another {} s", pause.as_secs()),
             Self::Denied(denied) => {
                 write!(f, "{denied}; allow it with networks.allow in the operator's configuration")
             }

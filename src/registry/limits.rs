@@ -18,6 +18,8 @@ pub(crate) struct HostLimits {
     closed_until: Mutex<Option<Instant>>,
 }
 
+/// A host that wants to be left alone for longer is not waited for inside a run.
+const LONGEST_WAIT: Duration = Duration::from_mins(1);
 /// No registry may stop us for longer than this, whatever it says.
 const LONGEST_PAUSE: Duration = Duration::from_hours(1);
 
@@ -32,14 +34,20 @@ impl HostLimits {
 
     /// Waits until the host may be asked, then for a place among the requests in flight. Gate first, permit second:
     /// whoever waits for a closed host holds nothing.
-    pub(crate) async fn request(&self) -> Option<OwnedSemaphorePermit> {
+    ///
+    /// A host that is closed for longer than a minute is not waited for: the error says for how long it is.
+    pub(crate) async fn request(&self) -> Result<Option<OwnedSemaphorePermit>, Duration> {
         loop {
             while let Some(until) = self.closed_until() {
+                let pause = until.saturating_duration_since(Instant::now());
+                if pause > LONGEST_WAIT {
+                    return Err(pause);
+                }
                 sleep_until(until).await;
             }
             let permit = Arc::clone(&self.requests).acquire_owned().await.ok();
             if self.closed_until().is_none() {
-                return permit;
+                return Ok(permit);
             }
         }
     }
@@ -74,12 +82,19 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_closed_host_is_left_alone_by_everybody_until_it_opens() {
         let limits = HostLimits::new(2, 1);
-        limits.close_for(Duration::from_mins(1));
+        limits.close_for(Duration::from_secs(59));
         limits.close_for(Duration::from_secs(10));
         let before = Instant::now();
         let _first = limits.request().await;
         let _second = limits.request().await;
-        assert!(before.elapsed() >= Duration::from_mins(1));
+        assert!(before.elapsed() >= Duration::from_secs(59));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_host_that_is_closed_for_long_is_not_waited_for() {
+        let limits = HostLimits::new(1, 1);
+        limits.close_for(Duration::from_mins(10));
+        assert!(limits.request().await.is_err_and(|pause| pause > Duration::from_mins(9)));
     }
 
     #[tokio::test(start_paused = true)]

@@ -27,8 +27,6 @@ const MAX_RETRIES: u32 = 4;
 const MAX_REDIRECTS: u32 = 5;
 /// Error bodies and token answers are read this far.
 const MAX_SMALL_BODY: u64 = 64 << 10;
-/// A host that wants to be left alone for longer than this is not waited for inside a run.
-const LONGEST_WAIT: Duration = Duration::from_mins(1);
 
 /// A request that can be sent again.
 #[derive(Clone)]
@@ -100,7 +98,7 @@ impl Repository {
                 Ok(done) => return Ok(done),
                 Err(error) => error,
             };
-            if retries == MAX_RETRIES || !error.is_retryable() || self.is_closed_for_long(&error) {
+            if retries == MAX_RETRIES || !error.is_retryable() {
                 return Err(error);
             }
             tracing::debug!(%error, retries, "repeating a request");
@@ -116,15 +114,12 @@ impl Repository {
         tokio::time::sleep(bound.mul_f64(fastrand::f64())).await;
     }
 
-    fn is_closed_for_long(&self, error: &Error) -> bool {
-        let closed_for = self.client().limits(&error.host).closed_for();
-        closed_for.is_some_and(|pause| pause > LONGEST_WAIT)
-    }
-
     /// Sends a request once, with whatever logging in it takes.
     pub(super) async fn execute_once(&self, request: &Request) -> Result<Response, Error> {
         let mut refused: Option<Token> = None;
         let mut was_asked = false;
+        // What is asked for beside the usual says nothing of the credential.
+        let may_choose = request.scope.is_none();
         let login = self.login();
         loop {
             let first = login.first_contact().await;
@@ -132,7 +127,7 @@ impl Repository {
             let scope = request.scope.as_ref().unwrap_or_else(|| self.scope());
             let authorization = match self.authorization(index, refused.as_ref(), scope, &request.subject).await {
                 Ok(authorization) => authorization,
-                Err(error) if is_refusal(error.status()) && self.choose_next(index) => continue,
+                Err(error) if is_refusal(error.status()) && may_choose && self.choose_next(index) => continue,
                 Err(error) => return Err(error),
             };
             let answer = self.follow(request, &authorization).await;
@@ -162,7 +157,7 @@ impl Repository {
                 }
             }
             if is_refusal(Some(status)) {
-                if self.choose_next(index) {
+                if may_choose && self.choose_next(index) {
                     refused = None;
                     continue;
                 }
@@ -216,7 +211,7 @@ impl Repository {
         if let Err(denied) = self.client().networks().check_url(&url) {
             return Err(Error::new(ErrorKind::Denied(denied), request.step, &host, &request.subject));
         }
-        let permit = self.client().limits(&host).request().await;
+        let permit = self.place(&host, request).await?;
         let mut built = reqwest::Request::new(request.method.clone(), url);
         *built.headers_mut() = request.headers.clone();
         if let Some(value) = authorization {
@@ -227,7 +222,9 @@ impl Repository {
             built.headers_mut().insert(CONTENT_LENGTH, HeaderValue::from(request.body.len()));
             *built.body_mut() = Some(request.body.clone().into());
         }
-        let answer = timeout(self.client().timing().head, self.http().execute(built)).await;
+        let timing = self.client().timing();
+        let patience = if request.body.is_empty() { timing.head } else { timing.answer };
+        let answer = timeout(patience, self.http().execute(built)).await;
         let inner = match answer {
             Err(_) => return Err(Error::new(ErrorKind::TimedOut, request.step, &host, &request.subject)),
             Ok(Err(error)) => return Err(transport_error(error, request.step, &host, &request.subject)),
@@ -235,6 +232,12 @@ impl Repository {
         };
         self.respect_pause(&inner, &host);
         Ok(Response { inner, permit })
+    }
+
+    /// A place among the requests of a host that may be asked.
+    pub(super) async fn place(&self, host: &str, request: &Request) -> Result<Option<OwnedSemaphorePermit>, Error> {
+        let place = self.client().limits(host).request().await;
+        place.map_err(|pause| Error::new(ErrorKind::Closed(pause), request.step, host, &request.subject))
     }
 
     /// Closes the host for everybody in the process where it asks for that.

@@ -101,6 +101,8 @@ impl Transport {
             .pool_idle_timeout(timing.pool_idle)
             .pool_max_idle_per_host(32)
             .tcp_nodelay(true)
+            // A proxy would resolve names out of sight of the closed networks.
+            .no_proxy()
             .dns_resolver(Resolver(Arc::clone(networks)))
             .user_agent(concat!("imagemirror/", env!("CARGO_PKG_VERSION")))
             .tls_backend_preconfigured(self.tls_config()?);

@@ -8,7 +8,7 @@ use http::{
     HeaderValue, Method, StatusCode,
     header::{AUTHORIZATION, CONTENT_LENGTH, CONTENT_TYPE, LOCATION},
 };
-use tokio::time::{Instant, sleep_until, timeout};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 use url::Url;
 
 use super::{
@@ -58,6 +58,11 @@ pub enum StreamError {
     Upload(Error),
 }
 
+/// Whether the registry will not mount, rather than not now.
+fn is_refused_mount(error: &Error) -> bool {
+    error.status().is_some_and(|status| status.is_client_error() && !matches!(status.as_u16(), 408 | 429))
+}
+
 /// Best effort, never waited for longer.
 const CANCEL_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -75,7 +80,7 @@ impl Repository {
             let mut request = self.upload_request(digest, Some(from))?;
             request.scope = Some(Scope::Mount(self.name().clone(), from.clone()));
             match self.start(&request, digest, true).await {
-                Err(error) if error.status().is_some_and(|status| status.is_client_error()) => {
+                Err(error) if is_refused_mount(&error) => {
                     tracing::debug!(%error, "mounts are not tried again at this registry");
                     self.login().mounts_refused();
                 }
@@ -139,7 +144,7 @@ impl Upload {
         let index = repository.chosen().load(Ordering::Relaxed);
         let authorization = repository.authorization(index, None, repository.scope(), &request.subject).await?;
         let host = host_of(&request.url);
-        let permit = repository.client().limits(&host).request().await;
+        let permit = repository.place(&host, &request).await?;
         let mut built = reqwest::Request::new(Method::PUT, request.url.clone());
         let headers = built.headers_mut();
         headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/octet-stream"));
@@ -148,6 +153,7 @@ impl Upload {
             headers.insert(AUTHORIZATION, value);
         }
         *built.body_mut() = Some(reqwest::Body::wrap(body));
+        state.begin();
         let answer = tokio::select! {
             answer = repository.http().execute(built) => answer,
             () = self.stalled(state) => {
@@ -166,6 +172,11 @@ impl Upload {
     async fn stalled(&self, state: &BodyState) {
         let timing = self.repository.client().timing();
         loop {
+            if state.is_waiting_for_source() {
+                // Downloads have bounds of their own.
+                sleep(timing.idle).await;
+                continue;
+            }
             let patience = if state.is_sent() { timing.answer } else { timing.idle };
             let deadline = state.last_byte() + patience;
             if deadline <= Instant::now() {

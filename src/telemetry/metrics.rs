@@ -112,15 +112,24 @@ impl Metrics {
         }
     }
 
-    /// A run has ended; `success` names the object if nothing failed, and when that was.
-    pub fn observe_sync(&self, duration: Duration, bytes_copied: u64, success: Option<(&str, &str, Timestamp)>) {
+    /// A run has ended.
+    pub fn observe_sync(&self, duration: Duration, bytes_copied: u64) {
         self.sync_duration.observe(duration.as_secs_f64());
         self.copied_bytes.inc_by(bytes_copied);
-        if let Some((namespace, name, at)) = success {
-            let labels = Object { namespace: namespace.into(), name: name.into() };
-            let seconds = at.duration_since(Timestamp::UNIX_EPOCH).as_secs_f64();
-            self.last_success.get_or_create(&labels).set(seconds);
-        }
+    }
+
+    /// The last run of an object ended without a failure.
+    pub fn observe_success(&self, namespace: &str, name: &str, at: Timestamp) {
+        let labels = Object { namespace: namespace.into(), name: name.into() };
+        let seconds = at.duration_since(Timestamp::UNIX_EPOCH).as_secs_f64();
+        self.last_success.get_or_create(&labels).set(seconds);
+    }
+
+    /// This replica knows nothing of the objects any more: another one leads.
+    pub fn forget_all(&self) {
+        self.images.clear();
+        self.condition.clear();
+        self.last_success.clear();
     }
 
     /// An object is gone.
@@ -168,7 +177,8 @@ mod tests {
         let (metrics, registry) = Metrics::new();
         let summary = Summary { total: 3, synced: 2, pending: 0, failed: 1, skipped: 0 };
         metrics.observe_status("n", "a", &summary, &[("Ready", "False")]);
-        metrics.observe_sync(Duration::from_secs(1), 7, Some(("n", "a", Timestamp::UNIX_EPOCH)));
+        metrics.observe_sync(Duration::from_secs(1), 7);
+        metrics.observe_success("n", "a", Timestamp::UNIX_EPOCH);
         let seen = text(&registry);
         for line in [
             r#"imagemirror_images{namespace="n",name="a",state="failed"} 1"#,

@@ -209,6 +209,43 @@ async fn a_broken_download_goes_on_where_it_broke() -> Result<()> {
 }
 
 #[tokio::test]
+async fn a_download_that_stalls_is_continued_while_the_upload_stays_open() -> Result<()> {
+    let bench = Bench::new("stall");
+    let image = Image::single(151, &[3_000_000]);
+    bench.push(&bench.env.source, "agent", "1", &image).await?;
+    let source = Proxy::to(bench.env, &bench.env.source).start().await?;
+    let target = Proxy::to(bench.env, &bench.env.target).start().await?;
+    let layer = image.blobs.iter().max_by_key(|blob| blob.bytes.len()).map(|blob| blob.digest.clone());
+    let get = Matcher::new().method("GET").route(Route::Blob).reference(&layer.unwrap_or_default());
+    source.rule(get.clone().times(1), Action::StallResponseBody { after: 1_000_000 });
+    let repository = bench.repository("agent");
+    let report = crate::faults::copy(bench.env, source.registry(), target.registry(), &repository, &repository).await?;
+    ensure!(report.failed().next().is_none() && bench.holds("agent", "1", &image).await?, "{report:?}");
+    ensure!(source.count(&get) == 2, "it was read {} times", source.count(&get));
+    let uploads = target.count(&Matcher::new().method("PUT").route(Route::Upload));
+    ensure!(uploads == image.blobs.len(), "{uploads} uploads of {} blobs", image.blobs.len());
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_registry_that_asks_to_be_left_alone_for_long_is_not_waited_for() -> Result<()> {
+    let bench = Bench::new("limited");
+    let image = Image::single(161, &[10]);
+    for name in ["a", "b"] {
+        bench.push(&bench.env.source, name, "1", &image).await?;
+    }
+    let source = Proxy::to(bench.env, &bench.env.source).start().await?;
+    let busy = Action::respond(429).header("Retry-After", "3000");
+    source.rule(Matcher::new().route(Route::Manifest).skip(1), busy);
+    let synced = bench.sync(source.registry(), &bench.env.target, &[("a", &["1"]), ("b", &["1"])]).await?;
+    ensure!(synced.code() == Some(1) && synced.reason() == "RateLimited", "{:#}", synced.report);
+    let message = synced.image(1)["failure"]["message"].as_str().unwrap_or_default();
+    ensure!(synced.image(1)["failure"]["reason"] == "RateLimited", "{:#}", synced.report);
+    ensure!(source.requests().len() <= 4, "it was not left alone: {} requests, {message}", source.requests().len());
+    Ok(())
+}
+
+#[tokio::test]
 async fn an_upload_that_breaks_is_looked_at_and_sent_again() -> Result<()> {
     let bench = Bench::new("reupload");
     let image = Image::single(91, &[3_000_000, 4_000]);

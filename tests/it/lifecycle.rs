@@ -7,7 +7,7 @@ use kube::api::DeleteParams;
 use serde_json::json;
 use testenv::{
     images::Image,
-    proxy::{Action, Gate, Matcher, Proxy, Route},
+    proxy::{Action, Exchange, Gate, Matcher, Proxy, Route},
 };
 use tokio::time::Instant;
 
@@ -50,6 +50,15 @@ impl Slow {
     fn tag_writes(&self) -> usize {
         self.target.count(&Matcher::new().method("PUT").route(Route::Manifest).reference("1"))
     }
+}
+
+/// Whether an upload was given up: cancelled, or found to be unknown to the registry, as one is that got no byte.
+fn gave_up(log: &[Exchange]) -> bool {
+    log.iter().any(|exchange| {
+        let is_session = exchange.key.route == Route::Upload;
+        is_session
+            && (exchange.key.method == "DELETE" || (exchange.key.method == "GET" && exchange.status == Some(404)))
+    })
 }
 
 #[tokio::test]
@@ -97,8 +106,7 @@ async fn deleting_the_object_stops_its_run_within_two_seconds_and_no_tag_is_writ
     slow.place.mirrors().delete("m", &DeleteParams::default()).await?;
     let deleted = Instant::now();
     // The run gives up what it opened: that is the last that is heard of it.
-    let given_up = Matcher::new().method("DELETE").route(Route::Upload);
-    slow.target.wait_for_request(&given_up).await?;
+    slow.target.wait_for(gave_up, crate::support::PATIENCE).await?;
     ensure!(deleted.elapsed() < Duration::from_secs(2), "it took {:?}", deleted.elapsed());
     eventually("every request to the source to end", || async {
         Ok(slow.source.requests().iter().all(|exchange| exchange.done))
@@ -176,8 +184,7 @@ async fn a_signal_ends_the_operator_in_order() -> Result<()> {
     operator.process.signal(nix::sys::signal::Signal::SIGTERM)?;
     let status = tokio::time::timeout(Duration::from_secs(25), operator.process.wait()).await??;
     ensure!(status.success(), "it ended with {status}");
-    let given_up = slow.target.count(&Matcher::new().method("DELETE").route(Route::Upload));
-    ensure!(given_up > 0, "no upload was given up");
+    ensure!(gave_up(&slow.target.requests()), "no upload was given up");
     let leases = slow.place.kubectl(&["get", "lease", "imagemirror", "-o", "jsonpath={.spec.holderIdentity}"])?;
     ensure!(leases.is_empty(), "the lease is still held by {leases:?}");
     ensure!(slow.tag_writes() == 0);
@@ -250,5 +257,47 @@ async fn probes_say_what_is_waited_for_and_metrics_what_there_is() -> Result<()>
         ensure!(metrics.contains(name), "no {name} in {metrics}");
     }
     ensure!(!metrics.contains("agent"), "the name of an image is a label");
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_spec_that_is_taken_back_in_mid_copy_is_carried_out_again() -> Result<()> {
+    let slow = Slow::new("reverted", 2_000_000).await?;
+    slow.place.push(&slow.place.env.source, "small", "1", &Image::single(43, &[1000])).await?;
+    let _operator = slow.place.operator()?;
+    let small = slow.place.spec(slow.source.registry(), slow.target.registry(), &[("small", &["1"])]);
+    slow.place.apply("m", &small).await?;
+    slow.place.until_ready("m").await?;
+    slow.target.forget();
+    slow.place.apply("m", &slow.spec(&["1"])).await?;
+    slow.until_copying().await?;
+    slow.place.apply("m", &small).await?;
+    let status = slow.place.until_ready("m").await?.status.unwrap_or_default();
+    ensure!(status.observed_generation == 3 && condition(&status, "Reconciling") == ("", ""));
+    ensure!(slow.tag_writes() == 0, "the tag of the spec that was taken back was written");
+    // The same after an invalid one.
+    let mut invalid = small.clone();
+    invalid["images"] = json!([small["images"][0], {"source": "gcr.io/other/small", "tags": ["1"]}]);
+    slow.place.apply("m", &invalid).await?;
+    slow.place.until_reason("m", "InvalidSpec").await?;
+    slow.place.apply("m", &small).await?;
+    slow.place.until_ready("m").await?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_token_that_comes_during_a_run_is_answered_by_another_run() -> Result<()> {
+    let slow = Slow::new("token", 3_000_000).await?;
+    let _operator = slow.place.operator()?;
+    slow.place.apply("m", &slow.spec(&["1"])).await?;
+    slow.until_copying().await?;
+    let status = slow.place.request("m").await?.status.unwrap_or_default();
+    ensure!(condition(&status, "Ready") == ("True", "Succeeded"));
+    // The first run copied, the second found everything there.
+    ensure!(
+        status.last_sync.context("lastSync")?.bytes_copied == 0,
+        "one run answered a token that came after it began"
+    );
+    ensure!(slow.tag_writes() == 1);
     Ok(())
 }

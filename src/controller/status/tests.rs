@@ -1,6 +1,6 @@
 //! The status after each kind of event, and the rules by which waiting tools read it.
 
-use super::*;
+use super::{super::runner::Times, *};
 use crate::{api::v1alpha1::ImageMirror, copy::Totals, plan::Action};
 
 fn mirror(images: usize, generation: i64) -> ValidatedMirror {
@@ -32,6 +32,7 @@ fn ended(mirror: &ValidatedMirror, failed: &[(usize, Reason)]) -> Ended {
             digest: failure.is_none().then(|| Digest::sha256(b"x")),
             action: failure.is_none().then_some(Action::Copy),
             failure,
+            is_news: true,
         }
     });
     let report = SyncReport {
@@ -47,6 +48,7 @@ fn ended(mirror: &ValidatedMirror, failed: &[(usize, Reason)]) -> Ended {
         report,
         problems: Vec::new(),
         fingerprint: Digest::sha256(b""),
+        times: Times { all: NOW, authentication: NOW },
     }
 }
 
@@ -169,6 +171,30 @@ fn the_status_stays_small_whatever_is_wanted() {
     let status = finished(&mirror, &ImageMirrorStatus::default(), &ended(&mirror, &all), NOW);
     assert_eq!((status.images.len(), status.failures.len(), status.truncated), (0, 20, true));
     assert!(serde_json::to_vec(&status).unwrap().len() <= 64 << 10);
+}
+
+#[test]
+fn long_messages_and_many_images_together_stay_small_too() {
+    let mirror = mirror(100, 1);
+    let all: Vec<_> = (0..100).map(|n| (n, Reason::SourceUnavailable)).collect();
+    let mut failing = ended(&mirror, &all);
+    for image in &mut failing.report.images {
+        image.source = format!("gcr.io/{}", "a".repeat(250));
+        image.target = format!("t.io/{}", "b".repeat(250));
+        image.failure = Some(Failure::new(Reason::SourceUnavailable, &"x".repeat(100_000)));
+    }
+    let status = finished(&mirror, &ImageMirrorStatus::default(), &failing, NOW);
+    assert!(serde_json::to_vec(&status).unwrap().len() <= 64 << 10);
+}
+
+#[test]
+fn a_failure_of_each_class_is_kept_so_that_each_is_tried_again() {
+    let mirror = mirror(60, 1);
+    let mut all: Vec<_> = (0..58).map(|n| (n, Reason::SourceNotFound)).collect();
+    all.extend([(58, Reason::SecretNotFound), (59, Reason::SourceUnavailable)]);
+    let status = finished(&mirror, &ImageMirrorStatus::default(), &ended(&mirror, &all), NOW);
+    let reasons: Vec<_> = status.failures.iter().map(|failure| failure.reason).take(3).collect();
+    assert_eq!(reasons, [Reason::SourceUnavailable, Reason::SecretNotFound, Reason::SourceNotFound]);
 }
 
 #[test]

@@ -46,15 +46,23 @@ pub(super) enum RunState<'a> {
     Running { spec_hash: &'a str, cancelled: bool, since: Duration },
 }
 
-/// Decides. `credentials_changed` is whether the Secrets say something else than in the last run; `spread` in 0..1 is
-/// the object's place within the jitter, `times` when this process last looked at which images.
+/// What this process knows of an object beside what the object says.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(super) struct Known {
+    /// Whether the Secrets say something else than in the last run.
+    pub(super) credentials_changed: bool,
+    /// When it last looked at which images; `None` after a restart.
+    pub(super) times: Option<Times>,
+    /// The object's place within the jitter, in 0..1.
+    pub(super) spread: f64,
+}
+
+/// Decides. Everything it looks at is an argument.
 pub(super) fn decide(
     mirror: &ValidatedMirror,
     status: &ImageMirrorStatus,
     run: RunState<'_>,
-    credentials_changed: bool,
-    times: Option<Times>,
-    spread: f64,
+    known: &Known,
     timing: &Timing,
     now: Timestamp,
 ) -> Decision {
@@ -76,15 +84,15 @@ pub(super) fn decide(
         return Decision::Start(Scope::All);
     }
     // Without memory, after a restart, the last run was of everything as far as anybody knows.
-    let times = times.unwrap_or(Times { all: last.finished(), authentication: last.finished() });
-    let due = next_run(times.all, mirror.interval, spread);
+    let times = known.times.unwrap_or(Times { all: last.finished(), authentication: last.finished() });
+    let due = next_run(times.all, mirror.interval, known.spread);
     if due <= now {
         return Decision::Start(Scope::All);
     }
     let transient = retry_at(status, Retry::Transient, last.finished(), timing);
     let authentication = retry_at(status, Retry::Authentication, times.authentication, timing);
     let is_due = |at: Option<Timestamp>| at.is_some_and(|at| at <= now);
-    if credentials_changed || is_due(authentication) {
+    if known.credentials_changed || is_due(authentication) {
         return Decision::Start(Scope::Authentication);
     }
     if is_due(transient) {
@@ -161,6 +169,7 @@ mod tests {
         reason::Reason,
     };
 
+    const KNOWN: Known = Known { credentials_changed: false, times: None, spread: 0.5 };
     const HASH_OF_OTHER: &str = "other";
 
     fn mirror(rest: &str, requested: Option<&str>) -> ValidatedMirror {
@@ -206,7 +215,7 @@ mod tests {
     }
 
     fn at(mirror: &ValidatedMirror, status: &ImageMirrorStatus, now: i64) -> Decision {
-        decide(mirror, status, RunState::Idle, false, None, 0.5, &Timing::default(), seconds(now))
+        decide(mirror, status, RunState::Idle, &KNOWN, &Timing::default(), seconds(now))
     }
 
     #[test]
@@ -236,7 +245,7 @@ mod tests {
         let mirror = mirror(", interval: 2h", None);
         let running = |spec_hash, cancelled, since| {
             let run = RunState::Running { spec_hash, cancelled, since: Duration::from_secs(since) };
-            decide(&mirror, &synced(&mirror), run, false, None, 0.5, &Timing::default(), seconds(0))
+            decide(&mirror, &synced(&mirror), run, &KNOWN, &Timing::default(), seconds(0))
         };
         assert_eq!(running(&mirror.spec_hash, false, 0), Decision::Wait(Duration::from_secs(2)));
         assert_eq!(running(&mirror.spec_hash, false, 5), Decision::Wait(Duration::from_secs(10)));
@@ -273,7 +282,14 @@ mod tests {
         let mut status = failed(&mirror, Reason::SourceUnavailable, 9);
         let retried = |status: &ImageMirrorStatus, all, now| {
             let times = Times { all: seconds(all), authentication: seconds(all) };
-            decide(&mirror, status, RunState::Idle, false, Some(times), 0.5, &Timing::default(), seconds(now))
+            decide(
+                &mirror,
+                status,
+                RunState::Idle,
+                &Known { times: Some(times), ..KNOWN },
+                &Timing::default(),
+                seconds(now),
+            )
         };
         if let Some(last) = &mut status.last_sync {
             last.finished_at = Time(seconds(3500));
@@ -312,7 +328,14 @@ mod tests {
         assert_eq!(at(&mirror, &status, 121), Decision::Wait(Duration::from_secs(10)));
         assert_eq!(at(&mirror, &status, 160), Decision::Wait(Duration::from_secs(40)));
         assert_eq!(at(&mirror, &status, 500), Decision::Wait(Duration::from_mins(5)));
-        let changed = decide(&mirror, &status, RunState::Idle, true, None, 0.5, &Timing::default(), seconds(1));
+        let changed = decide(
+            &mirror,
+            &status,
+            RunState::Idle,
+            &Known { credentials_changed: true, ..KNOWN },
+            &Timing::default(),
+            seconds(1),
+        );
         assert_eq!(changed, Decision::Start(Scope::Authentication));
     }
 

@@ -11,7 +11,9 @@ use kube::{
 
 use super::{
     context::{Context, Current, Identity},
-    decide::{Decision, RunState, Scope, decide, is_requested, is_unsettled, spread_of, waiting_for_credentials},
+    decide::{
+        Decision, Known, RunState, Scope, decide, is_requested, is_unsettled, spread_of, waiting_for_credentials,
+    },
     error::Error,
     events::Summary,
     resolve::resolve,
@@ -64,9 +66,9 @@ pub(super) async fn reconcile(object: Arc<Guarded>, context: Arc<Context>) -> Re
         cancelled: view.cancelled,
         since: view.since,
     });
-    let spread = spread_of(&id.uid);
+    let known = Known { credentials_changed: secrets.is_some(), times, spread: spread_of(&id.uid) };
     let timing = &context.config.timing;
-    match decide(&validated, &current.status, run, secrets.is_some(), times, spread, timing, now) {
+    match decide(&validated, &current.status, run, &known, timing, now) {
         Decision::Start(scope) => {
             let secrets = match secrets {
                 Some(secrets) => secrets,

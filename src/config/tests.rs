@@ -1,6 +1,7 @@
 //! What is accepted, what is refused, and with which words.
 
 use super::*;
+use crate::schedule::RetryTiming;
 
 fn parse(text: &str) -> Result<Config, String> {
     Config::parse(text, Path::new("operator.yaml")).map_err(|error| error.to_string())

@@ -301,3 +301,18 @@ async fn a_token_that_comes_during_a_run_is_answered_by_another_run() -> Result<
     ensure!(slow.tag_writes() == 1);
     Ok(())
 }
+
+#[tokio::test]
+async fn a_status_of_another_version_does_not_make_the_object_unreadable() -> Result<()> {
+    let slow = Slow::new("version", 50_000_000).await?;
+    slow.place.apply("m", &slow.spec(&["1"])).await?;
+    let entry = json!({"source": "a", "target": "b", "message": "", "since": "2026-01-01T00:00:00Z", "attempts": 1, "reason": "FromTheFuture"});
+    let image = json!({"source": "a", "tag": "1", "target": "b", "state": "Hovering"});
+    let status = json!({"status": {"observedGeneration": 1, "failures": [entry], "images": [image]}});
+    let patch = kube::api::Patch::Merge(&status);
+    slow.place.mirrors().patch_status("m", &kube::api::PatchParams::default(), &patch).await?;
+    let _operator = slow.place.operator()?;
+    let status = slow.place.until_ready("m").await?.status.unwrap_or_default();
+    ensure!(status.images.len() == 1 && status.failures.is_empty());
+    Ok(())
+}

@@ -257,6 +257,10 @@ async fn probes_say_what_is_waited_for_and_metrics_what_there_is() -> Result<()>
         ensure!(metrics.contains(name), "no {name} in {metrics}");
     }
     ensure!(!metrics.contains("agent"), "the name of an image is a label");
+    for line in operator.logged()?.lines() {
+        let entry: serde_json::Value = serde_json::from_str(line).with_context(|| format!("not JSON: {line}"))?;
+        ensure!(entry["level"].is_string() && entry["timestamp"].is_string(), "{line}");
+    }
     Ok(())
 }
 

@@ -2,6 +2,7 @@
 
 use anyhow::{Result, ensure};
 use oci_client::{Reference, client::ClientConfig, secrets::RegistryAuth};
+use serde_json::json;
 use testenv::images::Image;
 
 use crate::support::{Place, condition, message};
@@ -110,7 +111,7 @@ async fn a_pinned_digest_is_copied_under_the_tags_that_are_named() -> Result<()>
     let _operator = place.operator()?;
     let mut spec = place.spec(source, target, &[]);
     let repository = format!("{}/{}", source.host, place.repository("agent"));
-    spec["images"] = serde_json::json!([
+    spec["images"] = json!([
         {"source": format!("{repository}@{}", pinned.digest()), "targetTags": ["a", "b"]},
         {"source": format!("{repository}:1@{}", pinned.digest()), "targetRepository": format!("{}/kept", place.prefix)},
         {"source": format!("{repository}:1"), "targetTags": ["moved"]},
@@ -122,5 +123,79 @@ async fn a_pinned_digest_is_copied_under_the_tags_that_are_named() -> Result<()>
     {
         ensure!(place.holds(target, name, tag, image).await?, "{name}:{tag} is not what was pinned");
     }
+    Ok(())
+}
+
+#[tokio::test]
+async fn pull_secrets_of_a_service_account_and_basic_auth_are_used() -> Result<()> {
+    let place = Place::new("account").await?;
+    let (source, target) = (&place.env.source, &place.env.target);
+    let image = Image::single(171, &[1000]);
+    place.push(source, "agent", "1", &image).await?;
+    let _operator = place.operator()?;
+    let mut spec = place.spec(source, target, &[("agent", &["1"])]);
+    spec["imagePullSecrets"] = json!([]);
+    spec["serviceAccountName"] = json!("puller");
+    place.apply("m", &spec).await?;
+    let status = place.until_reason("m", "SecretNotFound").await?.status.unwrap_or_default();
+    ensure!(message(&status, "Ready").contains("ServiceAccount \"puller\" does not exist"), "{status:?}");
+
+    let user = source.username.clone().unwrap_or_default();
+    let password = source.password.clone().unwrap_or_default();
+    let literals = [format!("--from-literal=username={user}"), format!("--from-literal=password={password}")];
+    let create =
+        ["create", "secret", "generic", "basic", "--type=kubernetes.io/basic-auth", &literals[0], &literals[1]];
+    place.kubectl(&create)?;
+    let registry = format!("imagemirror.dev/registry={}/{}", source.host, place.prefix);
+    place.kubectl(&["annotate", "secret", "basic", &registry])?;
+    place.kubectl(&["create", "serviceaccount", "puller"])?;
+    place.kubectl(&["patch", "serviceaccount", "puller", "-p", r#"{"imagePullSecrets": [{"name": "basic"}]}"#])?;
+    place.until_ready("m").await?;
+    ensure!(place.holds(target, "agent", "1", &image).await?);
+    Ok(())
+}
+
+#[tokio::test]
+async fn plain_http_is_spoken_only_where_it_is_asked_for() -> Result<()> {
+    let place = Place::new("plain").await?;
+    let (source, open) = (&place.env.source, &place.env.open);
+    let image = Image::single(181, &[1000]);
+    place.push(source, "agent", "1", &image).await?;
+    let _operator = place.operator()?;
+    let plain = place.spec(source, open, &[("agent", &["1"])]);
+    let mut tls = plain.clone();
+    tls["registries"] = json!([plain["registries"][0]]);
+    let mut plain = plain;
+    for spec in [&mut tls, &mut plain] {
+        // The open registry wants no credential, and the pull secret has none for it.
+        if let Some(target) = spec["target"].as_object_mut() {
+            target.remove("secretRef");
+        }
+    }
+    place.apply("m", &tls).await?;
+    place.until("m", "a failure", |status| !status.failures.is_empty()).await?;
+    ensure!(place.digest_of(open, "agent", "1").await?.is_none(), "it fell back to plain HTTP");
+    place.apply("m", &plain).await?;
+    place.until_ready("m").await?;
+    ensure!(place.holds(open, "agent", "1", &image).await?);
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_run_that_takes_too_long_is_ended_and_said_to_have_been() -> Result<()> {
+    let place = Place::new("timeout").await?;
+    let image = Image::single(191, &[3_000_000]);
+    place.push(&place.env.source, "agent", "1", &image).await?;
+    let slow = testenv::Proxy::to(place.env, &place.env.source).bytes_per_second_down(300_000).start().await?;
+    place.pull_secret("pull", &[slow.registry()]).await?;
+    let _operator = place.operator()?;
+    let mut spec = place.spec(slow.registry(), &place.env.target, &[("agent", &["1"])]);
+    spec["timeout"] = json!("1s");
+    place.apply("m", &spec).await?;
+    let status = place.until_reason("m", "Timeout").await?.status.unwrap_or_default();
+    ensure!(message(&status, "Ready").contains("spec.timeout (1s)"), "{}", message(&status, "Ready"));
+    spec["timeout"] = json!("10m");
+    place.apply("m", &spec).await?;
+    place.until_ready("m").await?;
     Ok(())
 }

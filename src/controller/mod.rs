@@ -19,6 +19,7 @@ mod reconcile;
 mod resolve;
 mod runner;
 mod status;
+mod turns;
 mod watch;
 
 pub use error::Error;

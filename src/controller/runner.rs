@@ -12,13 +12,13 @@ use futures::FutureExt as _;
 use jiff::Timestamp;
 use kube::runtime::reflector::ObjectRef;
 use tokio::{
-    sync::{Semaphore, mpsc},
+    sync::mpsc,
     time::{Instant, timeout},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::Instrument as _;
 
-use super::context::Identity;
+use super::{context::Identity, turns::Turns};
 use crate::{
     api::ImageMirror,
     copy::{Fence, Progress, ProgressSnapshot, Totals},
@@ -38,7 +38,7 @@ pub(super) struct Runner {
 
 struct Inner {
     slots: Mutex<Slots>,
-    permits: Semaphore,
+    turns: Turns,
     registry: registry::Client,
     fence: Fence,
     wake: mpsc::Sender<ObjectRef<ImageMirror>>,
@@ -124,7 +124,7 @@ impl Runner {
     ) -> Self {
         let inner = Inner {
             slots: Mutex::default(),
-            permits: Semaphore::new(runs),
+            turns: Turns::new(runs),
             registry,
             fence,
             wake,
@@ -175,12 +175,12 @@ impl Runner {
     }
 
     async fn run(&self, job: Job, progress: Arc<Progress>, cancel: &CancellationToken) -> Option<Ended> {
-        let Job { spec_hash, generation, token, prepared, completes, .. } = job;
+        let Job { id, spec_hash, generation, token, prepared, completes } = job;
         let Prepared { request, registries, problems, fingerprint } = prepared;
         self.inner.metrics.add_queued(1);
-        let permit = cancel.run_until_cancelled(self.inner.permits.acquire()).await;
+        let turn = cancel.run_until_cancelled(self.inner.turns.take(&id.namespace)).await;
         self.inner.metrics.add_queued(-1);
-        let _permit = permit?.ok()?;
+        let _turn = turn??;
         let started_at = Timestamp::now();
         let sync = sync(&self.inner.registry, &request, &registries, self.inner.fence.clone(), progress, cancel);
         let report = match AssertUnwindSafe(sync).catch_unwind().await {

@@ -6,7 +6,7 @@ use std::{
 };
 
 use kube::{
-    Api, Client,
+    Api, Client, Resource as _,
     api::{Patch, PatchParams},
 };
 use serde_json::json;
@@ -14,6 +14,7 @@ use serde_json::json;
 use super::{
     error::{Error, call},
     events::Events,
+    reconcile::Guarded,
     runner::Runner,
 };
 use crate::{
@@ -109,12 +110,14 @@ impl Context {
             "metadata": {"name": id.name, "uid": id.uid, "resourceVersion": current.resource_version},
             "status": status,
         }));
-        let api: Api<ImageMirror> = Api::namespaced(self.client.clone(), &id.namespace);
+        // Guarded: the answer for an object that does not fit our types does not fit them either.
+        let api: Api<Guarded> = Api::namespaced(self.client.clone(), &id.namespace);
         let params = PatchParams::apply(MANAGER).force();
         let write = api.patch_status(&id.name, &params, &patch);
         let object = call("writing the status", self.config.timing.api_timeout, write).await?;
-        *current = Current { status, resource_version: object.metadata.resource_version.clone() };
-        if let Some(resource_version) = object.metadata.resource_version {
+        let resource_version = object.meta().resource_version.clone();
+        *current = Current { status, resource_version: resource_version.clone() };
+        if let Some(resource_version) = resource_version {
             let ours = Written { resource_version, status: current.status.clone() };
             self.written.lock().unwrap_or_else(PoisonError::into_inner).insert(id.uid.clone(), ours);
         }

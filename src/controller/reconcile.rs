@@ -136,7 +136,8 @@ async fn unreadable(id: &Identity, invalid: &InvalidObject, context: &Context) -
     let why = InvalidSpec::unreadable(&invalid.error);
     let status = status::invalid(generation, &current.status, &why, Timestamp::now());
     context.apply(id, &mut current, status).await?;
-    Ok(Requeue::await_change())
+    // If it was the status that could not be read, it can be now.
+    Ok(Requeue::requeue(context.config.timing.retry_auth))
 }
 
 /// Writes what a run came to. A run for another spec is of no interest any more.

@@ -320,3 +320,29 @@ async fn a_status_of_another_version_does_not_make_the_object_unreadable() -> Re
     ensure!(status.images.len() == 1 && status.failures.is_empty());
     Ok(())
 }
+
+#[tokio::test]
+async fn an_object_that_does_not_fit_the_types_harms_only_itself() -> Result<()> {
+    let slow = Slow::new("unreadable", 50_000_000).await?;
+    let mut spec = slow.spec(&["1"]);
+    slow.place.apply("bad", &spec).await?;
+    // The API server's pattern takes any two digits for the hours of an offset; no clock has this one.
+    let time = "2026-01-01T00:00:00+99:99";
+    let bad = json!({"type": "Ready", "status": "True", "reason": "Odd", "message": "", "lastTransitionTime": time});
+    let patch = json!({"status": {"conditions": [bad]}}).to_string();
+    slow.place.kubectl(&["patch", "imagemirror", "bad", "--subresource=status", "--type=merge", "-p", &patch])?;
+    ensure!(slow.place.mirrors().get("bad").await.is_err(), "the object fits the types after all");
+    let operator = slow.place.operator()?;
+    spec["target"]["repository"] = json!(format!("{}/good", slow.place.prefix));
+    slow.place.apply("good", &spec).await?;
+    slow.place.until_ready("good").await?;
+    // What is said of it replaces what could not be read: from then on it is an object like the others.
+    eventually("the unreadable object to be told so", || async {
+        let columns = "jsonpath={.status.conditions[?(@.type=='Ready')].reason}";
+        let reason = slow.place.kubectl(&["get", "imagemirror", "bad", "-o", columns])?;
+        Ok(reason == "InvalidSpec" || reason == "Succeeded")
+    })
+    .await?;
+    ensure!(!operator.logged()?.contains("panicked"));
+    Ok(())
+}

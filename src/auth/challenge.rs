@@ -13,8 +13,6 @@ pub enum Challenge {
         realm: String,
         /// The audience to name in the token request.
         service: Option<String>,
-        /// The scope that the refused request needed.
-        scope: Option<String>,
         /// Why a token that was sent does not do, such as `insufficient_scope`.
         error: Option<String>,
     },
@@ -36,7 +34,6 @@ impl Challenge {
                         challenges.push(Self::Bearer {
                             realm,
                             service: params.remove("service"),
-                            scope: params.remove("scope"),
                             error: params.remove("error"),
                         });
                     }
@@ -99,30 +96,22 @@ fn quoted_string(text: &str) -> (String, &str) {
 mod tests {
     use super::*;
 
-    fn bearer(realm: &str, service: Option<&str>, scope: Option<&str>) -> Challenge {
-        Challenge::Bearer {
-            realm: realm.into(),
-            service: service.map(Into::into),
-            scope: scope.map(Into::into),
-            error: None,
-        }
+    fn bearer(realm: &str, service: Option<&str>) -> Challenge {
+        Challenge::Bearer { realm: realm.into(), service: service.map(Into::into), error: None }
     }
 
     #[test]
     fn challenges_are_read_in_every_form_that_is_seen() {
         let hub = r#"Bearer realm="https://auth.docker.io/token",service="registry.docker.io",scope="repository:a/b:pull,push""#;
-        assert_eq!(
-            Challenge::parse(hub),
-            [bearer("https://auth.docker.io/token", Some("registry.docker.io"), Some("repository:a/b:pull,push"))]
-        );
+        assert_eq!(Challenge::parse(hub), [bearer("https://auth.docker.io/token", Some("registry.docker.io"))]);
         assert_eq!(Challenge::parse(r#"Basic realm="Registry Realm""#), [Challenge::Basic]);
         assert_eq!(Challenge::parse("basic"), [Challenge::Basic]);
         assert_eq!(
             Challenge::parse(r#"Negotiate, Bearer realm="https://a/t" , Basic realm="b""#),
-            [bearer("https://a/t", None, None), Challenge::Basic]
+            [bearer("https://a/t", None), Challenge::Basic]
         );
-        assert_eq!(Challenge::parse("BEARER Realm=https://a/t, service=x"), [bearer("https://a/t", Some("x"), None)]);
-        assert_eq!(Challenge::parse(r#"Bearer realm="a\"b""#), [bearer("a\"b", None, None)]);
+        assert_eq!(Challenge::parse("BEARER Realm=https://a/t, service=x"), [bearer("https://a/t", Some("x"))]);
+        assert_eq!(Challenge::parse(r#"Bearer realm="a\"b""#), [bearer("a\"b", None)]);
     }
 
     #[test]
@@ -130,9 +119,6 @@ mod tests {
         for bad in ["", ",,,", "Bearer", r#"Bearer service="x""#, "=", "\"", "Digest realm=x"] {
             assert_eq!(Challenge::parse(bad), [], "{bad}");
         }
-        assert_eq!(
-            Challenge::parse(r#"Bearer realm="https://unterminated"#),
-            [bearer("https://unterminated", None, None)]
-        );
+        assert_eq!(Challenge::parse(r#"Bearer realm="https://unterminated"#), [bearer("https://unterminated", None)]);
     }
 }

@@ -364,7 +364,7 @@ fn challenges_of(response: &Response) -> Vec<Challenge> {
     let headers = response.inner.headers().get_all(WWW_AUTHENTICATE);
     let found = headers.iter().filter_map(|value| value.to_str().ok()).flat_map(Challenge::parse);
     let general = found.map(|challenge| match challenge {
-        Challenge::Bearer { realm, service, .. } => Challenge::Bearer { realm, service, scope: None, error: None },
+        Challenge::Bearer { realm, service, .. } => Challenge::Bearer { realm, service, error: None },
         Challenge::Basic => Challenge::Basic,
     });
     general.collect()

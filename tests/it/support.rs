@@ -283,6 +283,7 @@ pub(crate) async fn eventually<F: Future<Output = Result<bool>>>(
     let deadline = tokio::time::Instant::now() + PATIENCE;
     while !is_so().await.unwrap_or(false) {
         ensure!(tokio::time::Instant::now() < deadline, "waited for {what}");
+        // Between two looks: what is asked tells nobody when it changes.
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
     Ok(())

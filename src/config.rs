@@ -22,7 +22,7 @@ pub use timing::Timing;
 use crate::{
     api::parse_duration,
     oci::Host,
-    registry::{self, ClientOptions, HostOptions, Networks, Transport, TransportError},
+    registry::{self, ClientOptions, HostOptions, Networks, Quirks, Transport, TransportError, UploadStrategy},
     telemetry::logging::{self, Format},
 };
 
@@ -210,7 +210,7 @@ impl Config {
             backoff_first: self.timing.backoff_first,
             backoff_max: self.timing.backoff_max,
             tag_write: self.timing.tag_write_timeout,
-            tag_write_margin: self.timing.tag_write_margin,
+            rate_pause: self.timing.rate_pause,
             ..registry::Timing::default()
         };
         let hosts = self.registries.iter().map(|(host, registry)| (host.clone(), registry.options.clone())).collect();
@@ -250,14 +250,54 @@ struct RegistryEntry {
     #[serde(default)]
     auth_hosts: Vec<String>,
     #[serde(default)]
+    upload_hosts: Vec<String>,
+    upload_strategy: Option<StrategyEntry>,
+    #[serde(default)]
+    quirks: QuirksEntry,
+    #[serde(default)]
     limits: HostLimitsEntry,
 }
 
+/// How large blobs are sent.
+#[derive(Clone, Copy, Debug, Deserialize)]
+enum StrategyEntry {
+    Put,
+    Patch,
+    Chunks,
+}
+
+/// What a registry does and does not do, where that is not what is known of its host.
 #[derive(Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+struct QuirksEntry {
+    mounts: Option<bool>,
+    resumes_uploads: Option<bool>,
+    #[serde(rename = "referrersAPI")]
+    referrers_api: Option<bool>,
+}
+
+impl QuirksEntry {
+    fn over(&self, known: Quirks, strategy: Option<StrategyEntry>) -> Quirks {
+        let upload = strategy.map(|strategy| match strategy {
+            StrategyEntry::Put => UploadStrategy::Put,
+            StrategyEntry::Patch => UploadStrategy::Patch,
+            StrategyEntry::Chunks => UploadStrategy::chunks(),
+        });
+        Quirks {
+            upload: upload.unwrap_or(known.upload),
+            mounts: self.mounts.unwrap_or(known.mounts),
+            resumes_uploads: self.resumes_uploads.unwrap_or(known.resumes_uploads),
+            referrers_api: self.referrers_api.or(known.referrers_api),
+        }
+    }
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
 struct HostLimitsEntry {
     requests: Option<usize>,
     streams: Option<usize>,
+    per_second: Option<usize>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -328,15 +368,21 @@ impl File {
 
 impl RegistryEntry {
     fn validate(self, key: &str) -> Result<(Host, RegistryConfig), Wrong> {
-        let host = |key: String, text: &str| text.parse::<Host>().map_err(|error| Wrong::new(key, error.to_string()));
-        let auth_hosts = self.auth_hosts.iter().enumerate();
+        let parse = |key: String, text: &str| text.parse::<Host>().map_err(|error| Wrong::new(key, error.to_string()));
+        let hosts = |name: &str, texts: &[String]| {
+            let texts = texts.iter().enumerate();
+            texts.map(|(index, text)| parse(format!("{key}.{name}[{index}]"), text)).collect::<Result<Vec<_>, _>>()
+        };
+        let host = parse(format!("{key}.host"), &self.host)?;
         let default = HostOptions::default();
+        let per_second = self.limits.per_second.map(|found| limit(&format!("{key}.limits.perSecond"), Some(found), 1));
         let options = HostOptions {
-            auth_hosts: auth_hosts
-                .map(|(index, text)| host(format!("{key}.authHosts[{index}]"), text))
-                .collect::<Result<_, _>>()?,
+            auth_hosts: hosts("authHosts", &self.auth_hosts)?,
+            upload_hosts: hosts("uploadHosts", &self.upload_hosts)?,
             requests: limit(&format!("{key}.limits.requests"), self.limits.requests, default.requests)?,
             streams: limit(&format!("{key}.limits.streams"), self.limits.streams, default.streams)?,
+            per_second: per_second.transpose()?.and_then(|found| u32::try_from(found).ok()),
+            quirks: Some(self.quirks.over(Quirks::of(&host), self.upload_strategy)),
         };
         // A copy inside one registry holds a request for the upload and one for the download.
         if options.requests <= options.streams {
@@ -348,7 +394,7 @@ impl RegistryEntry {
             return Err(Wrong::new(format!("{key}.caFile"), "goes with TLS only: write either plainHTTP or caFile"));
         }
         let registry = RegistryConfig { plain_http: self.plain_http, ca_file: self.ca_file, ca: None, options };
-        Ok((host(format!("{key}.host"), &self.host)?, registry))
+        Ok((host, registry))
     }
 }
 

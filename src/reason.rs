@@ -48,6 +48,8 @@ pub enum Reason {
     TagImmutable,
     /// Two images or two mirrors want one target tag.
     Conflict,
+    /// The image is for none of the platforms that are to be kept.
+    PlatformMissing,
     /// The certificate of the registry is not trusted, or the CA given does not parse.
     CertificateInvalid,
     /// The registry sent us somewhere that credentials or bytes must not go.
@@ -99,6 +101,7 @@ impl Reason {
             Self::QuotaExceeded => "QuotaExceeded",
             Self::TagImmutable => "TagImmutable",
             Self::Conflict => "Conflict",
+            Self::PlatformMissing => "PlatformMissing",
             Self::CertificateInvalid => "CertificateInvalid",
             Self::Blocked => "Blocked",
             Self::IntegrityError => "IntegrityError",
@@ -135,6 +138,7 @@ impl Reason {
             | Self::QuotaExceeded
             | Self::TagImmutable
             | Self::Conflict
+            | Self::PlatformMissing
             | Self::Blocked
             | Self::IntegrityError
             | Self::ManifestRefused

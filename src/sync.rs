@@ -4,6 +4,9 @@
 //! registries are reached and with which credentials is a separate argument ([`Registries`]), so that requests and
 //! reports can be stored and sent without a secret in them. One failed image never stops another.
 
+mod handles;
+mod image;
+
 use std::{
     collections::{BTreeMap, HashMap},
     sync::Arc,
@@ -17,15 +20,17 @@ use tokio::time::{Instant, timeout_at};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    copy::{CopyError, Fence, Progress, Run, Totals, copy},
-    oci::{Digest, Host, RawManifest, Reference, RepositoryName, Tag},
-    plan::{Action, plan},
+    copy::{CopyOptions, Fence, Progress, Run, Totals},
+    oci::{Digest, Host, PlatformFilter, Reference, RepositoryName, Tag},
+    plan::Action,
     reason::Reason,
-    registry::{Access, Client, Error, Repository},
+    registry::{Access, Client, Layout},
 };
+use handles::Handles;
+use image::{ImageError, Outcome, sync_image};
 
 /// Images of one run that are under way at a time. Their requests share the limits of the hosts.
-const IMAGES_AT_ONCE: usize = 16;
+const IMAGES_AT_ONCE: usize = 64;
 
 /// What is to be in step.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -35,6 +40,10 @@ pub struct SyncRequest {
     pub images: Vec<ImageRequest>,
     /// How long the whole run may take.
     pub timeout: Duration,
+    /// What is copied beside the images themselves.
+    pub options: CopyOptions,
+    /// Whether what is attached is looked at also where the image itself has not changed.
+    pub looks_at_attached: bool,
 }
 
 /// One image and where it goes.
@@ -47,10 +56,22 @@ pub struct ImageRequest {
     pub target_repository: RepositoryName,
     /// The tag at the target.
     pub target_tag: Tag,
-    /// The digest that the tag had after the last run, as far as that is known.
-    pub last: Option<Digest>,
+    /// The platforms that are kept; none named is all.
+    pub platforms: Vec<PlatformFilter>,
+    /// How it was after the last run, as far as that is known.
+    pub last: Option<Last>,
     /// Why this image fails without a request, such as a missing Secret.
     pub blocked: Option<Failure>,
+}
+
+/// How an image was after a run.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Last {
+    /// The digest that the tag had at the target.
+    pub digest: Digest,
+    /// The digest at the source that this was made of, if it was made of these platforms.
+    pub source_digest: Option<Digest>,
 }
 
 /// A tag, or a digest that no tag is followed for.
@@ -67,13 +88,46 @@ pub struct ImageSource {
     pub digest: Option<Digest>,
 }
 
-/// How the registries are reached.
+/// Where the images are and where they go.
 #[derive(Clone, Debug)]
 pub struct Registries {
-    /// The sources, by host.
-    pub sources: BTreeMap<Host, Access>,
-    /// The target.
-    pub target: Access,
+    /// Where they come from.
+    pub sources: Sources,
+    /// Where they go.
+    pub target: Destination,
+}
+
+impl Registries {
+    /// The registries among them.
+    pub fn accesses_mut(&mut self) -> impl Iterator<Item = &mut Access> {
+        let sources = match &mut self.sources {
+            Sources::Registries(accesses) => Some(accesses.values_mut()),
+            Sources::Layout(_) => None,
+        };
+        let target = match &mut self.target {
+            Destination::Registry(access) => Some(access),
+            Destination::Layout(_) => None,
+        };
+        sources.into_iter().flatten().chain(target)
+    }
+}
+
+/// Where images come from.
+#[derive(Clone, Debug)]
+pub enum Sources {
+    /// From registries, by host.
+    Registries(BTreeMap<Host, Access>),
+    /// From a directory that holds them under the names that they have at their registries.
+    Layout(Layout),
+}
+
+/// Where images go.
+#[derive(Clone, Debug)]
+pub enum Destination {
+    /// To a registry.
+    Registry(Access),
+    /// To a directory, under the names that they have at their registries.
+    Layout(Layout),
 }
 
 /// What a run came to.
@@ -102,6 +156,8 @@ pub struct ImageReport {
     pub target: String,
     /// The digest that the target tag has now, if it is the wanted one.
     pub digest: Option<Digest>,
+    /// The digest at the source; it differs from `digest` where platforms were selected.
+    pub source_digest: Option<Digest>,
     /// What had to be done.
     pub action: Option<Action>,
     /// Why it is not in step.
@@ -173,9 +229,9 @@ pub async fn sync(
     progress.expect_images(request.images.len() as u64);
     let run = Run::new(Arc::clone(&progress), fence);
     let deadline = Instant::now() + request.timeout;
-    let repositories = Repositories::of(client, request, registries);
+    let handles = Handles::of(client, request, registries);
     let one = async |(number, image)| {
-        let report = image_report(&run, image, &repositories, registries, deadline, request.timeout).await;
+        let report = image_report(&run, request, image, &handles, deadline).await;
         progress.image_done();
         (number, report)
     };
@@ -190,64 +246,32 @@ pub async fn sync(
     Some(SyncReport { started_at, finished_at: Timestamp::now(), images, totals: run.totals() })
 }
 
-/// The handles of a run: images of one repository share what is learned about its credentials.
-struct Repositories {
-    sources: HashMap<(Host, RepositoryName), Result<Repository, Arc<Error>>>,
-    targets: HashMap<RepositoryName, Result<Repository, Arc<Error>>>,
-}
-
-impl Repositories {
-    fn of(client: &Client, request: &SyncRequest, registries: &Registries) -> Self {
-        let mut this = Self { sources: HashMap::new(), targets: HashMap::new() };
-        for ImageRequest { source, target_repository, .. } in &request.images {
-            if let Some(access) = registries.sources.get(&source.host) {
-                let key = (source.host.clone(), source.repository.clone());
-                this.sources.entry(key).or_insert_with(|| {
-                    Repository::for_pull(client, access, source.repository.clone()).map_err(Arc::new)
-                });
-            }
-            this.targets.entry(target_repository.clone()).or_insert_with(|| {
-                Repository::for_push(client, &registries.target, target_repository.clone()).map_err(Arc::new)
-            });
-        }
-        this
-    }
-}
-
 async fn image_report(
     run: &Run,
+    request: &SyncRequest,
     image: &ImageRequest,
-    repositories: &Repositories,
-    registries: &Registries,
+    handles: &Handles<'_>,
     deadline: Instant,
-    whole: Duration,
 ) -> ImageReport {
-    let source = &image.source;
-    let mut report = ImageReport {
-        source: format!("{}/{}", source.host, source.repository),
-        tag: source.tag.as_ref().map_or_else(|| source.wanted(), ToString::to_string),
-        target: format!("{}/{}:{}", registries.target.host, image.target_repository, image.target_tag),
-        digest: None,
-        action: None,
-        failure: None,
-        is_news: true,
-    };
+    let mut report = ImageReport::of(image, handles.destination());
     let outcome = match &image.blocked {
         Some(failure) => Err(failure.clone()),
-        None => match timeout_at(deadline, sync_image(run, image, repositories)).await {
+        None => match timeout_at(deadline, sync_image(run, request, image, handles)).await {
             Ok(outcome) => outcome.map_err(ImageError::into_failure),
             Err(_) => {
-                let message = format!("the run took longer than spec.timeout ({}s)", whole.as_secs());
+                let whole = request.timeout.as_secs();
+                let message = format!("the run took longer than spec.timeout ({whole}s)");
                 Err(Failure { reason: Reason::Timeout, message })
             }
         },
     };
     match outcome {
-        Ok((digest, action)) => {
+        Ok(Outcome { digest, source_digest, action }) => {
             if action != Action::Unchanged {
                 tracing::info!(source = %report.source, tag = %report.tag, target = %report.target, %digest, ?action, "image copied");
             }
             report.digest = Some(digest);
+            report.source_digest = Some(source_digest);
             report.action = Some(action);
         }
         Err(failure) => {
@@ -259,100 +283,6 @@ async fn image_report(
         }
     }
     report
-}
-
-/// What an image failed of, before it is put into words.
-enum ImageError {
-    Setup(Arc<Error>, crate::registry::Side),
-    Copy(CopyError),
-    NotFound(String),
-    Unprepared,
-}
-
-impl From<CopyError> for ImageError {
-    fn from(error: CopyError) -> Self {
-        Self::Copy(error)
-    }
-}
-
-impl ImageError {
-    fn into_failure(self) -> Failure {
-        match self {
-            Self::Setup(error, side) => Failure::new(error.reason(side), &error.to_string()),
-            Self::Copy(error) => Failure::new(error.reason(), &error.message()),
-            Self::NotFound(message) => Failure::new(Reason::SourceNotFound, &message),
-            Self::Unprepared => {
-                Failure::new(Reason::InternalError, "the source registry was not prepared for this run")
-            }
-        }
-    }
-}
-
-async fn sync_image(
-    run: &Run,
-    image: &ImageRequest,
-    repositories: &Repositories,
-) -> Result<(Digest, Action), ImageError> {
-    use crate::registry::Side;
-    let key = (image.source.host.clone(), image.source.repository.clone());
-    let source = repositories.sources.get(&key).ok_or(ImageError::Unprepared)?;
-    let source = source.as_ref().map_err(|error| ImageError::Setup(Arc::clone(error), Side::Source))?;
-    let target = repositories.targets.get(&image.target_repository).ok_or(ImageError::Unprepared)?;
-    let target = target.as_ref().map_err(|error| ImageError::Setup(Arc::clone(error), Side::Target))?;
-    let (present, wanted) = look(image, source, target).await?;
-    let (digest, manifest) = match wanted {
-        Wanted::Digest(digest) => (digest, None),
-        Wanted::Manifest(manifest) => (manifest.digest.clone(), Some(manifest)),
-    };
-    let action = plan(&digest, present.as_ref(), image.last.as_ref());
-    if action == Action::Unchanged {
-        return Ok((digest, action));
-    }
-    let manifest = match manifest {
-        Some(manifest) => manifest,
-        None => source.manifest(&digest.to_string()).await.map_err(CopyError::source)?,
-    };
-    copy(run, source, target, &manifest, &image.target_tag).await?;
-    Ok((digest, action))
-}
-
-/// What the source has under the wanted name, read as far as it was needed.
-enum Wanted {
-    Digest(Digest),
-    Manifest(RawManifest),
-}
-
-/// What the target has and what is wanted, in the fewest requests: a pinned digest needs the target's HEAD alone; a
-/// tag that is expected to be there a HEAD on each side at once; one that is not there no HEAD at the source, because
-/// the GET that must follow gives the digest.
-async fn look(
-    image: &ImageRequest,
-    source: &Repository,
-    target: &Repository,
-) -> Result<(Option<Digest>, Wanted), ImageError> {
-    let at_target = async { target.head(image.target_tag.as_str()).await.map_err(CopyError::target) };
-    if let Some(digest) = &image.source.digest {
-        return Ok((at_target.await?, Wanted::Digest(digest.clone())));
-    }
-    let tag = image.source.wanted();
-    let at_source = async {
-        let found = source.head(&tag).await.map_err(CopyError::source)?;
-        found.ok_or_else(|| {
-            let what = format!("{}:{tag} does not exist at {}", source.name(), source.host());
-            ImageError::NotFound(format!(
-                "{what}; check the name and the tag in spec.images; a copy at the target stays"
-            ))
-        })
-    };
-    if image.last.is_some() {
-        let (present, wanted) = futures::future::join(at_target, at_source).await;
-        return Ok((present?, Wanted::Digest(wanted?)));
-    }
-    let present = at_target.await?;
-    if present.is_some() {
-        return Ok((present, Wanted::Digest(at_source.await?)));
-    }
-    Ok((None, Wanted::Manifest(source.manifest(&tag).await.map_err(CopyError::source)?)))
 }
 
 impl SyncReport {
@@ -368,6 +298,22 @@ impl SyncReport {
 }
 
 impl ImageReport {
+    /// Of an image that nothing is known of yet.
+    #[must_use]
+    pub fn of(image: &ImageRequest, destination: &Destination) -> Self {
+        let (host, repository, tag) = destination.place_of(image);
+        Self {
+            source: format!("{}/{}", image.source.host, image.source.repository),
+            tag: image.source.tag.as_ref().map_or_else(|| image.source.wanted(), ToString::to_string),
+            target: format!("{host}/{repository}:{tag}"),
+            digest: None,
+            source_digest: None,
+            action: None,
+            failure: None,
+            is_news: true,
+        }
+    }
+
     /// The same image in a run that did not look at it.
     fn unchanged(&self) -> Self {
         Self { action: self.action.map(|_| Action::Unchanged), is_news: false, ..self.clone() }
@@ -385,6 +331,7 @@ mod tests {
             tag: "t".into(),
             target: target.into(),
             digest: None,
+            source_digest: None,
             action: (!failed).then_some(Action::Copy),
             failure,
             is_news: true,

@@ -11,7 +11,7 @@ use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Deserializer, Serialize, de::DeserializeOwned};
 
-use crate::{oci::Digest, reason::Reason};
+use crate::{copy::ForeignLayers, oci::Digest, reason::Reason};
 
 /// A duration such as `90s`, `1h` or `1h30m`.
 const DURATION: &str = r"^([0-9]+(\.[0-9]+)?(ms|s|m|h))+$";
@@ -23,6 +23,10 @@ const SOURCE: &str = r"^(([A-Za-z0-9.-]+|\[[0-9a-fA-F:.]+\])(:[0-9]{1,5})?/)?[a-
 const TAG: &str = r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,127}$";
 /// A repository in which `{registry}`, `{repository}`, `{parent}` and `{name}` may stand.
 const TEMPLATE: &str = r"^([a-z0-9._/-]|\{(registry|repository|parent|name)\})+$";
+/// `os/arch` or `os/arch/variant`.
+const PLATFORM: &str = r"^[a-z0-9]{1,32}/[a-z0-9]{1,32}(/[a-z0-9]{1,32})?$";
+/// A media type (RFC 6838).
+const MEDIA_TYPE: &str = r"^[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]{0,126}/[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]{0,126}$";
 /// The name of a Secret or `ServiceAccount`.
 const OBJECT_NAME: &str = r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$";
 
@@ -82,6 +86,13 @@ pub struct ImageMirrorSpec {
     /// Start no more runs; one that is running ends by itself. When absent: false.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub suspend: Option<bool>,
+    /// What of that which is attached to images is copied with them: signatures, SBOMs and the like, found by the referrers
+    /// API, its fallback tag and the tags of cosign. When absent: all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub referrers: Option<Referrers>,
+    /// What to do where there is a choice. When absent: see its fields.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub policy: Option<Policy>,
     /// How long one whole run may take. Example: `30m`. When absent: 6h.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 32), regex(pattern = DURATION))]
@@ -120,6 +131,51 @@ pub struct Image {
     #[schemars(length(min = 1, max = 100), inner(regex(pattern = TAG)))]
     #[x_kube(merge_strategy = ListMerge::Set)]
     pub target_tags: Vec<String>,
+    /// Platforms to keep, as `os/arch` with any variant or `os/arch/variant`. The index is rewritten to list these alone, so
+    /// that its digest at the target is another, and what is attached to the whole index is not copied. Example:
+    /// `["linux/amd64", "linux/arm64"]`. When absent: all, and the digest stays.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(min = 1, max = 20), inner(regex(pattern = PLATFORM)))]
+    #[x_kube(merge_strategy = ListMerge::Set)]
+    pub platforms: Vec<String>,
+}
+
+/// Which of the artifacts that are attached to images are copied.
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
+#[serde(rename_all = "camelCase")]
+#[x_kube(
+    validation = Rule::new("(has(self.artifactTypes) && self.artifactTypes.size() > 0) == (has(self.policy) && self.policy == 'Selected')").message("artifactTypes goes with policy Selected, and Selected needs artifactTypes")
+)]
+pub struct Referrers {
+    /// All, None, or Selected by artifactTypes. When absent: All.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub policy: Option<ReferrersPolicy>,
+    /// The artifact types to copy with policy Selected. Example: `["application/vnd.dev.cosign.artifact.sig.v1+json"]`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 20), inner(regex(pattern = MEDIA_TYPE)))]
+    #[x_kube(merge_strategy = ListMerge::Set)]
+    pub artifact_types: Vec<String>,
+}
+
+/// Which of the artifacts that are attached to images are copied.
+#[derive(Serialize, Deserialize, JsonSchema, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ReferrersPolicy {
+    /// Every one.
+    All,
+    /// None.
+    None,
+    /// Those of the artifact types that are named.
+    Selected,
+}
+
+/// What to do where there is a choice.
+#[derive(Serialize, Deserialize, JsonSchema, Clone, Debug, Default, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct Policy {
+    /// Layers with `urls`, which their vendors distribute elsewhere. Skip: they stay there. Copy: they are copied, from the
+    /// source or from their urls. When absent: Skip.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub foreign_layers: Option<ForeignLayers>,
 }
 
 /// Where images are mirrored to.

@@ -89,6 +89,12 @@ impl Token {
         Ok(Self { value, renew_at: now + life.mul_f64(0.8) })
     }
 
+    /// Whether it is not time to renew it.
+    #[must_use]
+    pub fn is_fresh(&self) -> bool {
+        Instant::now() < self.renew_at
+    }
+
     /// The value of an `Authorization` header (RFC 6750).
     #[must_use]
     pub fn bearer(&self) -> SecretString {
@@ -115,7 +121,7 @@ impl TokenCache {
         let slot = self.slot(key);
         let mut slot = slot.lock().await;
         if let Some(token) = slot.as_ref()
-            && Instant::now() < token.renew_at
+            && token.is_fresh()
             && refused.is_none_or(|refused| !refused.is_same(token))
         {
             return Ok(token.clone());
@@ -131,8 +137,7 @@ impl TokenCache {
         if slots.len() >= Self::MAX_SLOTS {
             // Whoever waits for a slot keeps it alive by its Arc.
             slots.retain(|_, slot| {
-                Arc::strong_count(slot) > 1
-                    || slot.try_lock().is_ok_and(|t| t.as_ref().is_some_and(|t| Instant::now() < t.renew_at))
+                Arc::strong_count(slot) > 1 || slot.try_lock().is_ok_and(|t| t.as_ref().is_some_and(Token::is_fresh))
             });
         }
         Arc::clone(slots.entry(key).or_default())

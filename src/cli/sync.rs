@@ -29,8 +29,8 @@ use crate::{
     oci::Host,
     plan::Action,
     reason::Reason,
-    registry::{Client, ClientOptions, Transport},
-    sync::{ImageReport, SyncReport, sync},
+    registry::{Client, ClientOptions, Layout, LayoutError, Transport},
+    sync::{Destination, ImageReport, Registries, Sources, SyncReport, sync},
     telemetry::logging::{self, Format},
 };
 
@@ -39,6 +39,12 @@ pub(super) struct Arguments {
     /// Files with ImageMirrors and, if wanted, Secrets and ServiceAccounts; `-` is standard input.
     #[arg(short = 'f', long = "filename", required = true, value_name = "FILE")]
     files: Vec<PathBuf>,
+    /// Read the sources from this OCI image layout instead of their registries: `oci:DIR`.
+    #[arg(long, value_name = "oci:DIR", value_parser = layout_dir)]
+    from: Option<PathBuf>,
+    /// Write the images to this OCI image layout instead of the target: `oci:DIR`, made if it is not there.
+    #[arg(long, value_name = "oci:DIR", value_parser = layout_dir)]
+    to: Option<PathBuf>,
     /// How the report is written to standard output.
     #[arg(short, long, value_enum, default_value_t = Output::Text)]
     output: Output,
@@ -50,6 +56,46 @@ enum Output {
     Text,
     /// One JSON document.
     Json,
+}
+
+/// The directories that take the place of registries.
+struct Layouts {
+    from: Option<Layout>,
+    to: Option<Layout>,
+}
+
+impl Layouts {
+    fn of(arguments: &Arguments) -> Result<Self, Failure> {
+        if arguments.from.is_some() && arguments.from == arguments.to {
+            return Err(Failure::Usage("--from and --to name the same directory".into()));
+        }
+        let usage = |error: LayoutError| Failure::Usage(error.to_string());
+        let from = arguments.from.as_deref().map(Layout::open).transpose().map_err(usage)?;
+        let to = arguments.to.as_deref().map(Layout::create).transpose().map_err(usage)?;
+        Ok(Self { from, to })
+    }
+
+    /// The mirror without the Secret for a target that is not written to.
+    fn without_target_secret(&self, mirror: &ValidatedMirror) -> ValidatedMirror {
+        let target_secret = mirror.target_secret.clone().filter(|_| self.to.is_none());
+        ValidatedMirror { target_secret, ..mirror.clone() }
+    }
+
+    fn replace(&self, registries: &mut Registries) {
+        if let Some(from) = &self.from {
+            registries.sources = Sources::Layout(from.clone());
+        }
+        if let Some(to) = &self.to {
+            registries.target = Destination::Layout(to.clone());
+        }
+    }
+}
+
+fn layout_dir(text: &str) -> Result<PathBuf, String> {
+    match text.strip_prefix("oci:") {
+        Some(dir) if !dir.is_empty() => Ok(dir.into()),
+        _ => Err("write oci:DIR, a directory in the form of an OCI image layout".into()),
+    }
 }
 
 /// What the files hold. Objects without a namespace are in `default`.
@@ -76,17 +122,25 @@ pub(super) fn run(arguments: &Arguments, format: Option<Format>, level: Option<S
         documents.read(file)?;
     }
     let mirrors = documents.validated()?;
-    runtime()?.block_on(sync_all(&documents, &mirrors, arguments.output))
+    let layouts = Layouts::of(arguments)?;
+    runtime()?.block_on(sync_all(&documents, &mirrors, &layouts, arguments.output))
 }
 
-async fn sync_all(documents: &Documents, mirrors: &[ValidatedMirror], output: Output) -> Result<(), Failure> {
+async fn sync_all(
+    documents: &Documents,
+    mirrors: &[ValidatedMirror],
+    layouts: &Layouts,
+    output: Output,
+) -> Result<(), Failure> {
     let cancel = signals();
     let client = Client::new(ClientOptions::default());
     let from_files = !documents.secrets.is_empty();
     eprintln!("credentials: {}", if from_files { "the Secrets in the files" } else { "the Docker configuration" });
     let mut outcomes = Vec::new();
     for mirror in mirrors {
-        let prepared = if from_files { documents.prepare(mirror) } else { with_docker_configuration(mirror)? };
+        let mirror = &layouts.without_target_secret(mirror);
+        let mut prepared = if from_files { documents.prepare(mirror) } else { with_docker_configuration(mirror)? };
+        layouts.replace(&mut prepared.registries);
         let progress = Arc::new(Progress::default());
         let sync = sync(&client, &prepared.request, &prepared.registries, Fence::Open, progress, &cancel);
         let report = sync.await.ok_or(Failure::Interrupted)?;
@@ -244,7 +298,7 @@ fn with_docker_configuration(mirror: &ValidatedMirror) -> Result<Prepared, Failu
             store.append(found);
         }
     }
-    for access in prepared.registries.sources.values_mut().chain([&mut prepared.registries.target]) {
+    for access in prepared.registries.accesses_mut() {
         access.credentials = store.clone();
     }
     Ok(prepared)

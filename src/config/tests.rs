@@ -51,6 +51,10 @@ fn wrong_values_are_refused_with_their_key() {
         ("registries: [{host: a.b, limits: {streams: 0}}]", "registries[0].limits.streams: "),
         ("registries: [{host: 'https://a.b'}]", "registries[0].host: invalid registry host"),
         ("registries: [{host: a.b, authHosts: [a.b, 'x/y']}]", "registries[0].authHosts[1]: "),
+        ("registries: [{host: a.b, uploadHosts: ['https://x']}]", "registries[0].uploadHosts[0]: "),
+        ("registries: [{host: a.b, limits: {perSecond: 0}}]", "registries[0].limits.perSecond: "),
+        ("registries: [{host: a.b, uploadStrategy: Post}]", "Post"),
+        ("registries: [{host: a.b, quirks: {mount: true}}]", "mount"),
         ("registries: [{host: docker.io}, {host: index.docker.io}]", "registries[1].host: docker.io is there twice"),
         ("registries: [{host: a.b, limits: {requests: 6}}]", "registries[0].limits.requests: 6 is too few"),
         ("registries: [{host: a.b, plainHTTP: true, caFile: x}]", "registries[0].caFile: goes with TLS only"),
@@ -90,7 +94,7 @@ fn durations_that_do_not_fit_together_are_refused_with_the_rule() {
         assert!(found.contains(message), "{found}");
     }
     let short = "timing: {leaseDuration: 3s, leaseRenew: 1s, tagWriteMargin: 2s, tagWriteTimeout: 1s}";
-    assert_eq!(parse(short).unwrap().client_options().timing.tag_write_margin, Duration::from_secs(2));
+    assert_eq!(parse(short).unwrap().timing.tag_write_margin, Duration::from_secs(2));
 }
 
 #[test]

@@ -59,6 +59,8 @@ timing! {
     progress_first "progressFirst" = Duration::from_secs(2);
     /// How often it is written then.
     progress_interval "progressInterval" = Duration::from_secs(10);
+    /// How often it is looked at what is attached to images that have not changed.
+    referrers_interval "referrersInterval" = Duration::from_hours(24);
     /// The answer of a registry to a request without a body.
     head_timeout "headTimeout" = Duration::from_secs(30);
     /// A transfer in which no byte moves.
@@ -69,6 +71,8 @@ timing! {
     backoff_first "backoffFirst" = Duration::from_secs(1);
     /// The longest wait between repetitions.
     backoff_max "backoffMax" = Duration::from_secs(30);
+    /// How long a registry is left alone after a first 429 that does not say for how long; it doubles.
+    rate_pause "ratePause" = Duration::from_secs(10);
     /// How long runs have to end after SIGTERM.
     shutdown "shutdown" = Duration::from_secs(20);
 }

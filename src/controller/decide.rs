@@ -84,7 +84,11 @@ pub(super) fn decide(
         return Decision::Start(Scope::All);
     }
     // Without memory, after a restart, the last run was of everything as far as anybody knows.
-    let times = known.times.unwrap_or(Times { all: last.finished(), authentication: last.finished() });
+    let times = known.times.unwrap_or(Times {
+        all: last.finished(),
+        authentication: last.finished(),
+        attached: last.finished(),
+    });
     let due = next_run(times.all, mirror.interval, known.spread);
     if due <= now {
         return Decision::Start(Scope::All);
@@ -281,7 +285,7 @@ mod tests {
         let mirror = mirror("", None);
         let mut status = failed(&mirror, Reason::SourceUnavailable, 9);
         let retried = |status: &ImageMirrorStatus, all, now| {
-            let times = Times { all: seconds(all), authentication: seconds(all) };
+            let times = Times { all: seconds(all), authentication: seconds(all), attached: seconds(all) };
             decide(
                 &mirror,
                 status,

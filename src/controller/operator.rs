@@ -99,7 +99,7 @@ pub async fn run(config: Config, mut options: Options, shutdown: CancellationTok
         let registry = registry::Client::new(config.client_options());
         while lease.acquire(&shutdown).await {
             metrics.set_leader(true);
-            let fence = Fence::Until(held_until.clone());
+            let fence = Fence::Held { until: held_until.clone(), margin: config.timing.tag_write_margin };
             let end =
                 lead(&client, &config, &registry, fence, &metrics, &options.identity, &mut lease, &shutdown).await;
             metrics.set_leader(false);

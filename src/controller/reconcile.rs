@@ -12,7 +12,8 @@ use kube::{
 use super::{
     context::{Context, Current, Identity},
     decide::{
-        Decision, Known, RunState, Scope, decide, is_requested, is_unsettled, spread_of, waiting_for_credentials,
+        Decision, Known, RunState, Scope, decide, elapsed, is_requested, is_unsettled, spread_of,
+        waiting_for_credentials,
     },
     error::Error,
     events::Summary,
@@ -25,6 +26,7 @@ use crate::{
     mirror::{InvalidSpec, Prepared, Secrets, ValidatedMirror, prepare, validate},
     plan::Action,
     reason::{Reason, Retry},
+    sync::Last,
 };
 
 /// An object as it is watched: one that does not fit our types harms nobody but itself.
@@ -154,7 +156,7 @@ async fn report(
         context.apply(id, current, status).await?;
         let report = &ended.report;
         let failed = report.failed().count();
-        let seconds = super::decide::elapsed(report.started_at, report.finished_at);
+        let seconds = elapsed(report.started_at, report.finished_at);
         tracing::info!(
             namespace = %id.namespace, name = %id.name, images = report.images.len(), failed,
             bytes_copied = report.totals.bytes_copied, seconds = seconds.as_secs_f64(), "run ended"
@@ -223,10 +225,14 @@ fn prepared(
     context: &Context,
 ) -> Prepared {
     let transport = |host: &crate::oci::Host| context.config.transport_for(host);
-    let mut last = status::last_digests(status);
+    let mut last = status::last_digests(mirror, status);
     // The status of a large mirror lists no images; this process still knows them.
     if let Some(ended) = context.runner.last(&id.uid) {
-        let known = ended.report.images.iter().filter_map(|image| Some((image.target.clone(), image.digest.clone()?)));
+        let is_current = ended.spec_hash == mirror.spec_hash;
+        let known = ended.report.images.iter().filter_map(|image| {
+            let source_digest = image.source_digest.clone().filter(|_| is_current);
+            Some((image.target.clone(), Last { digest: image.digest.clone()?, source_digest }))
+        });
         last.extend(known);
     }
     prepare(mirror, secrets, transport, &last)
@@ -247,6 +253,12 @@ async fn start(
         Scope::Authentication => Some(Retry::Authentication),
     };
     let last = context.runner.last(&id.uid).filter(|last| last.spec_hash == mirror.spec_hash);
+    // What is attached to images is looked at when it is asked for, after a start, and once in a while.
+    let interval = context.config.timing.referrers_interval;
+    let now = Timestamp::now();
+    let attached = last.as_ref().map(|last| last.times.attached).filter(|attached| elapsed(*attached, now) < interval);
+    let attached = attached.filter(|_| !is_requested(mirror, &current.status));
+    prepared.request.looks_at_attached = attached.is_none();
     let completes = last.zip(retry);
     if let Some((last, retry)) = &completes {
         let is_due = |reason: Reason| {
@@ -275,6 +287,7 @@ async fn start(
         generation: mirror.generation,
         token: mirror.requested_at.clone(),
         prepared,
+        attached: attached.unwrap_or(now),
         completes,
     });
     Ok(())

@@ -80,6 +80,8 @@ pub(super) struct Job {
     pub(super) generation: i64,
     pub(super) token: Option<String>,
     pub(super) prepared: Prepared,
+    /// When what is attached to the images was last looked at, once this run has ended.
+    pub(super) attached: Timestamp,
     /// The outcome that this run completes, and which of what failed there it covers.
     pub(super) completes: Option<(Arc<Ended>, Retry)>,
 }
@@ -102,6 +104,8 @@ pub(super) struct Times {
     pub(super) all: Timestamp,
     /// Those that a registry or a Secret kept us from.
     pub(super) authentication: Timestamp,
+    /// What is attached to all of them.
+    pub(super) attached: Timestamp,
 }
 
 /// A run as it is seen from outside.
@@ -175,7 +179,7 @@ impl Runner {
     }
 
     async fn run(&self, job: Job, progress: Arc<Progress>, cancel: &CancellationToken) -> Option<Ended> {
-        let Job { id, spec_hash, generation, token, prepared, completes } = job;
+        let Job { id, spec_hash, generation, token, prepared, attached, completes } = job;
         let Prepared { request, registries, problems, fingerprint } = prepared;
         self.inner.metrics.add_queued(1);
         let turn = cancel.run_until_cancelled(self.inner.turns.take(&id.namespace)).await;
@@ -187,17 +191,10 @@ impl Runner {
             Ok(report) => report?,
             Err(_) => {
                 tracing::error!("a run panicked");
+                let message = "the run ended by a fault of ImageMirror; its log has the place";
                 let images = request.images.iter().map(|image| ImageReport {
-                    source: format!("{}/{}", image.source.host, image.source.repository),
-                    tag: image.source.tag.as_ref().map(ToString::to_string).unwrap_or_default(),
-                    target: format!("{}/{}:{}", registries.target.host, image.target_repository, image.target_tag),
-                    digest: None,
-                    action: None,
-                    is_news: true,
-                    failure: Some(Failure {
-                        reason: Reason::InternalError,
-                        message: "the run ended by a fault of ImageMirror; its log has the place".into(),
-                    }),
+                    failure: Some(Failure::new(Reason::InternalError, message)),
+                    ..ImageReport::of(image, &registries.target)
                 });
                 let images = images.collect();
                 SyncReport { started_at, finished_at: Timestamp::now(), images, totals: Totals::default() }
@@ -205,7 +202,7 @@ impl Runner {
         };
         let now = report.finished_at;
         let (report, times) = match completes {
-            None => (report, Times { all: now, authentication: now }),
+            None => (report, Times { all: now, authentication: now, attached }),
             Some((earlier, retry)) => {
                 let authentication = if retry == Retry::Authentication { now } else { earlier.times.authentication };
                 (report.completing(&earlier.report), Times { authentication, ..earlier.times })

@@ -16,9 +16,8 @@ use crate::{
     },
     copy::ProgressSnapshot,
     mirror::{InvalidSpec, Problem, ValidatedMirror},
-    oci::Digest,
     reason::{Reason, Retry},
-    sync::{Failure, ImageReport, SyncReport},
+    sync::{Failure, ImageReport, Last, SyncReport},
 };
 
 const MAX_FAILURES: usize = 20;
@@ -29,9 +28,14 @@ const MAX_LISTS_BYTES: usize = 56 << 10;
 /// Failures that a condition's message names.
 const NAMED_FAILURES: usize = 3;
 
-/// The digests that target tags had after the last run, as far as the status says.
-pub(super) fn last_digests(status: &ImageMirrorStatus) -> BTreeMap<String, Digest> {
-    let known = status.images.iter().filter_map(|image| Some((image.target.clone(), image.digest.clone()?)));
+/// How target tags were after the last run, as far as the status says. What their digests were made of counts only for
+/// the spec that is carried out now: another may name other platforms.
+pub(super) fn last_digests(mirror: &ValidatedMirror, status: &ImageMirrorStatus) -> BTreeMap<String, Last> {
+    let is_current = status.last_sync.as_ref().is_some_and(|last| last.spec_hash == mirror.spec_hash);
+    let known = status.images.iter().filter_map(|image| {
+        let source_digest = image.source_digest.clone().filter(|_| is_current);
+        Some((image.target.clone(), Last { digest: image.digest.clone()?, source_digest }))
+    });
     known.collect()
 }
 
@@ -54,7 +58,7 @@ pub(super) fn begun(mirror: &ValidatedMirror, current: &ImageMirrorStatus, now: 
         conditions.set(ConditionType::TargetInSync, Status::False, Reason::Progressing, &message);
         conditions.set(ConditionType::CredentialsResolved, Status::Unknown, Reason::Progressing, "not looked at yet");
         status.conditions = conditions.finish();
-        let known = last_digests(current);
+        let known = last_digests(mirror, current);
         let synced = mirror.images.iter().filter(|image| known.contains_key(&mirror.target_of(image))).count();
         let total = to_i64(mirror.images.len());
         let synced = to_i64(synced);
@@ -302,7 +306,10 @@ fn images(current: &ImageMirrorStatus, report: &SyncReport, room: usize, now: Ti
             source: image.source.clone(),
             tag: image.tag.clone(),
             target: image.target.clone(),
-            source_digest: digest.clone(),
+            source_digest: image
+                .source_digest
+                .clone()
+                .or_else(|| before.and_then(|before| before.source_digest.clone())),
             digest,
             state: if image.failure.is_some() { ImageState::Failed } else { ImageState::Synced },
             synced_at,

@@ -27,6 +27,17 @@ pub enum CopyError {
         #[source]
         error: ManifestError,
     },
+    /// None of the platforms that are to be kept.
+    #[error("{subject} is not copied: it is for none of {}", .platforms.join(", "))]
+    PlatformMissing {
+        /// The root.
+        subject: String,
+        /// What was asked for.
+        platforms: Vec<String>,
+    },
+    /// Another client keeps changing what is to be changed here.
+    #[error("{0}")]
+    Contended(String),
     /// The graph is deeper or larger than any real image.
     #[error("{subject} is not copied: {what}")]
     Bounds {
@@ -56,6 +67,8 @@ impl CopyError {
         match self {
             Self::Registry { side, error } => error.reason(*side),
             Self::Manifest { .. } | Self::Bounds { .. } => Reason::ManifestRefused,
+            Self::PlatformMissing { .. } => Reason::PlatformMissing,
+            Self::Contended(_) => Reason::Conflict,
         }
     }
 
@@ -70,7 +83,8 @@ impl CopyError {
     pub fn advice(&self) -> &'static str {
         let side = match self {
             Self::Registry { side, .. } => *side,
-            Self::Manifest { .. } | Self::Bounds { .. } => Side::Source,
+            Self::Contended(_) => Side::Target,
+            Self::Manifest { .. } | Self::Bounds { .. } | Self::PlatformMissing { .. } => Side::Source,
         };
         match (self.reason(), side) {
             (Reason::AuthenticationFailed, Side::Source) => {
@@ -93,6 +107,7 @@ impl CopyError {
             (Reason::SourceUnavailable, _) => "check spec.images[].source and that the registry is up",
             (Reason::TargetUnavailable, _) => "check spec.target.registry and that the registry is up",
             (Reason::TagImmutable, _) => "use another tag, or allow this one to be moved at the target",
+            (Reason::PlatformMissing, _) => "check spec.images[].platforms",
             (Reason::QuotaExceeded, _) => "make room at the target",
             _ => "",
         }

@@ -1,4 +1,4 @@
-//! The walk: a manifest's children first, then the manifest, at last the tag.
+//! The walk: a manifest's children first, then the manifest, what is attached to it, at last the tag.
 
 use std::{
     collections::HashSet,
@@ -7,66 +7,89 @@ use std::{
 
 use futures::{
     FutureExt as _,
-    future::{BoxFuture, try_join_all},
+    future::{BoxFuture, try_join, try_join_all},
 };
 
-use super::{CopyError, blob::transfer, run::Run};
+use super::{
+    CopyError,
+    attached::Attached,
+    blob::transfer,
+    options::{CopyOptions, ForeignLayers},
+    run::Run,
+    subset::Root,
+};
 use crate::{
     oci::{Child, Descriptor, Digest, RawManifest, Tag},
-    registry::{Error, Repository, Side},
+    registry::{Error, Side, Source, Target},
 };
 
 /// Deeper nesting is no image.
-const MAX_DEPTH: u32 = 8;
+pub(super) const MAX_DEPTH: u32 = 8;
 /// More manifests under one root are no image.
 const MAX_MANIFESTS: usize = 4096;
 
-/// Copies everything under `root` and then writes it under `tag`. Foreign layers, which their vendors distribute
-/// elsewhere, are left out as the image specification allows.
+/// Copies everything under `root`, then what is attached to it, and then writes it under `tag`.
 ///
 /// Fails with the first error; what is at the target by then stays there and is found by the next run.
 pub async fn copy(
     run: &Run,
-    source: &Repository,
-    target: &Repository,
-    root: &RawManifest,
+    source: &Source,
+    target: &Target,
+    root: &Root,
     tag: &Tag,
+    options: &CopyOptions,
 ) -> Result<(), CopyError> {
-    let walk = Walk { run, source, target, root: root.digest.clone(), seen: Mutex::default() };
-    walk.children(root, 0, false).await?;
-    let put = || async {
-        if !run.fence().allows(target.client().timing().tag_write_margin).await {
-            return Err(target.leadership_lost(tag));
-        }
-        target.put_tag(tag, root).await
+    let walk = Walk { run, source, target, options, root, looks: false, seen: Mutex::default() };
+    let attached = async {
+        // What is attached to the whole is not about a part of it.
+        if root.is_whole() { walk.attached(&root.source_digest, 0).await } else { Ok(Attached::default()) }
     };
-    match put().await {
-        Err(error) if is_blob_unknown(&error) => {
-            walk.children(root, 0, true).await?;
-            put().await.map_err(CopyError::target)
-        }
-        result => result.map_err(CopyError::target),
-    }
+    let ((), attached) = try_join(walk.children(&root.manifest, 0, false), attached).await?;
+    walk.copy_attached(&root.source_digest, &attached, 0).await?;
+    walk.put_tag_resending(tag, &root.manifest, 0).await
 }
 
-struct Walk<'a> {
-    run: &'a Run,
-    source: &'a Repository,
-    target: &'a Repository,
-    root: Digest,
+/// Copies what has been attached to an image since it was copied.
+pub async fn copy_attached(
+    run: &Run,
+    source: &Source,
+    target: &Target,
+    root: &Digest,
+    options: &CopyOptions,
+) -> Result<(), CopyError> {
+    let root = Root::whole(source.manifest(&root.to_string()).await.map_err(CopyError::source)?);
+    let walk = Walk { run, source, target, options, root: &root, looks: true, seen: Mutex::default() };
+    walk.look(&root.manifest, 0).await
+}
+
+pub(super) struct Walk<'a> {
+    pub(super) run: &'a Run,
+    pub(super) source: &'a Source,
+    pub(super) target: &'a Target,
+    pub(super) options: &'a CopyOptions,
+    root: &'a Root,
+    /// The image is at the target; what is attached may be too, and is looked for before it is copied.
+    pub(super) looks: bool,
     seen: Mutex<HashSet<Digest>>,
 }
 
 impl<'a> Walk<'a> {
     /// Brings everything that `manifest` names to the target. `resend` sends also what the target said it has.
-    async fn children(&self, manifest: &RawManifest, depth: u32, resend: bool) -> Result<(), CopyError> {
-        let subject = || format!("{}@{}", self.source.name(), manifest.digest);
-        let children = manifest.children().map_err(|error| CopyError::Manifest { subject: subject(), error })?;
+    pub(super) async fn children(&self, manifest: &RawManifest, depth: u32, resend: bool) -> Result<(), CopyError> {
+        self.all(&self.named_by(manifest)?, depth, resend).await
+    }
+
+    async fn all(&self, children: &[Child], depth: u32, resend: bool) -> Result<(), CopyError> {
         try_join_all(children.iter().map(|child| self.child(child, depth + 1, resend))).await?;
         Ok(())
     }
 
-    async fn child(&self, child: &Child, depth: u32, resend: bool) -> Result<(), CopyError> {
+    fn named_by(&self, manifest: &RawManifest) -> Result<Vec<Child>, CopyError> {
+        let subject = || format!("{}@{}", self.source.place(), manifest.digest);
+        manifest.children().map_err(|error| CopyError::Manifest { subject: subject(), error })
+    }
+
+    pub(super) async fn child(&self, child: &Child, depth: u32, resend: bool) -> Result<(), CopyError> {
         let digest = &child.descriptor().digest;
         if resend {
             self.run.forget(self.target, digest);
@@ -74,8 +97,8 @@ impl<'a> Walk<'a> {
         let cell = self.run.cell(self.target, digest);
         let copy = || async {
             match child {
-                Child::Blob(descriptor) if descriptor.is_foreign() => Ok(()),
-                Child::Blob(descriptor) => transfer(self.run, self.source, self.target, descriptor, resend).await,
+                Child::Blob(blob) if blob.is_foreign() && self.options.foreign_layers == ForeignLayers::Skip => Ok(()),
+                Child::Blob(blob) => transfer(self.run, self.source, self.target, blob, resend).await,
                 Child::Manifest(descriptor) => self.manifest(descriptor, depth, resend).await,
             }
         };
@@ -95,21 +118,91 @@ impl<'a> Walk<'a> {
     {
         async move {
             self.check_bounds(&descriptor.digest, depth)?;
-            let reference = descriptor.digest.to_string();
-            let manifest = self.source.manifest(&reference).await.map_err(incomplete)?;
-            let too_much = || self.bounds("its manifests are larger than any image's".to_owned());
-            let _held = self.run.hold_manifest(manifest.bytes.len() as u64).ok_or_else(too_much)?;
-            let manifest = RawManifest { media_type: type_to_send(&manifest, descriptor), ..manifest };
-            self.children(&manifest, depth, resend).await?;
-            match self.target.put_manifest(&reference, &manifest).await {
-                Err(error) if is_blob_unknown(&error) && !resend => {
-                    self.children(&manifest, depth, true).await?;
-                    self.target.put_manifest(&reference, &manifest).await.map_err(CopyError::target)
+            let manifest = match self.fetch(descriptor).await {
+                // An index may list other content than manifests.
+                Err(error) if !descriptor.is_manifest() && error.is_not_found() => {
+                    return transfer(self.run, self.source, self.target, descriptor, resend).await;
                 }
-                result => result.map_err(CopyError::target),
+                fetched => fetched.map_err(incomplete)?,
+            };
+            let digest = &descriptor.digest;
+            let children = self.named_by(&manifest)?;
+            let (held, manifest) = self.run.hold_manifest(manifest);
+            let ((), attached) = try_join(self.all(&children, depth, resend), self.attached(digest, depth)).await?;
+            let manifest = match manifest {
+                Some(manifest) => manifest,
+                None => self.fetch(descriptor).await.map_err(incomplete)?,
+            };
+            match self.target.put_manifest(&manifest).await {
+                Err(error) if is_blob_unknown(&error) && !resend => {
+                    self.all(&children, depth, true).await?;
+                    self.target.put_manifest(&manifest).await.map_err(CopyError::target)?;
+                }
+                result => result.map_err(CopyError::target)?,
             }
+            drop(held);
+            self.copy_attached(digest, &attached, depth).await
         }
         .boxed()
+    }
+
+    /// The manifest that a descriptor names: rewritten for this copy, or from the source.
+    async fn fetch(&self, descriptor: &Descriptor) -> Result<RawManifest, Error> {
+        if let Some(rewritten) = self.root.rewritten.iter().find(|manifest| manifest.digest == descriptor.digest) {
+            return Ok(rewritten.clone());
+        }
+        let manifest = self.source.manifest(&descriptor.digest.to_string()).await?;
+        Ok(RawManifest { media_type: type_to_send(&manifest, descriptor), ..manifest })
+    }
+
+    /// Looks for what is attached to a manifest that is at the target, and to those that it names.
+    fn look<'b>(&'b self, manifest: &'b RawManifest, depth: u32) -> BoxFuture<'b, Result<(), CopyError>>
+    where
+        'a: 'b,
+    {
+        async move {
+            self.check_bounds(&manifest.digest, depth)?;
+            let attached = self.attached(&manifest.digest, depth).await?;
+            self.copy_attached(&manifest.digest, &attached, depth).await?;
+            let children = self.named_by(manifest)?;
+            let manifests = children.iter().filter(|child| matches!(child, Child::Manifest(_))).map(Child::descriptor);
+            try_join_all(manifests.map(|child| self.look_at_child(child, depth + 1))).await?;
+            Ok(())
+        }
+        .boxed()
+    }
+
+    async fn look_at_child(&self, child: &Descriptor, depth: u32) -> Result<(), CopyError> {
+        if child.is_index() {
+            let nested = self.fetch(child).await.map_err(incomplete)?;
+            return self.look(&nested, depth).await;
+        }
+        let attached = self.attached(&child.digest, depth).await?;
+        self.copy_attached(&child.digest, &attached, depth).await
+    }
+
+    /// Moves a tag, if it may still be moved.
+    pub(super) async fn put_tag(&self, tag: &Tag, manifest: &RawManifest) -> Result<(), CopyError> {
+        if !self.run.fence().allows().await {
+            return Err(CopyError::target(self.target.leadership_lost(tag)));
+        }
+        self.target.put_tag(tag, manifest).await.map_err(CopyError::target)
+    }
+
+    /// The same; what the target then denies having is sent again, once.
+    pub(super) async fn put_tag_resending(
+        &self,
+        tag: &Tag,
+        manifest: &RawManifest,
+        depth: u32,
+    ) -> Result<(), CopyError> {
+        match self.put_tag(tag, manifest).await {
+            Err(CopyError::Registry { error, .. }) if is_blob_unknown(&error) => {
+                self.children(manifest, depth, true).await?;
+                self.put_tag(tag, manifest).await
+            }
+            result => result,
+        }
     }
 
     fn check_bounds(&self, digest: &Digest, depth: u32) -> Result<(), CopyError> {
@@ -125,8 +218,8 @@ impl<'a> Walk<'a> {
         Err(self.bounds(what))
     }
 
-    fn bounds(&self, what: String) -> CopyError {
-        CopyError::Bounds { subject: format!("{}@{}", self.source.name(), self.root), what }
+    pub(super) fn bounds(&self, what: String) -> CopyError {
+        CopyError::Bounds { subject: format!("{}@{}", self.source.place(), self.root.source_digest), what }
     }
 }
 

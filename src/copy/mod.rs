@@ -9,13 +9,18 @@
 //! first; what was opened at the target and not finished is cancelled. Every byte is hashed on its way, nothing is
 //! written to disk, and memory is bounded by streams times buffer whatever the size of a layer.
 
+mod attached;
 mod blob;
 mod error;
 mod fence;
 mod graph;
+mod options;
 mod run;
+mod subset;
 
 pub use error::CopyError;
 pub use fence::Fence;
-pub use graph::copy;
+pub use graph::{copy, copy_attached};
+pub use options::{CopyOptions, ForeignLayers, Referrers};
 pub use run::{Progress, ProgressSnapshot, Run, Totals};
+pub use subset::Root;

@@ -1,27 +1,26 @@
 //! What the copies of one sync share: which digests are where, memory for small blobs, open sessions, progress.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
-    time::Duration,
 };
 
 use serde::{Deserialize, Serialize};
-use tokio::{sync::OnceCell, time::timeout};
+use tokio::sync::{Mutex as AsyncMutex, OnceCell};
 
 use super::Fence;
 use crate::{
-    oci::Digest,
-    registry::{Repository, Upload},
+    oci::{Digest, RawManifest, Tag},
+    registry::{Sessions, Source, Stored, Target},
 };
 
+/// Larger manifests are not kept while their blobs are copied.
+const WORTH_HOLDING: u64 = 64 << 10;
 /// All manifests of a run that are in memory at one time.
 const MAX_MANIFEST_BYTES: u64 = 32 << 20;
-/// Cancelling sessions is best effort and never holds up the end of a run.
-const CLEAN_UP_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// A digest in a repository, named by host and path.
 type Place = (String, Digest);
@@ -34,7 +33,9 @@ pub struct Run {
     fence: Fence,
     done: Mutex<HashMap<Place, Cell>>,
     manifest_bytes: AtomicU64,
-    abandoned: Mutex<Vec<Upload>>,
+    sessions: Sessions,
+    source_tags: Mutex<HashMap<String, Arc<OnceCell<Arc<SourceTags>>>>>,
+    fallback_locks: Mutex<HashMap<String, Arc<AsyncMutex<()>>>>,
     bytes_copied: AtomicU64,
     blobs_copied: AtomicU64,
     blobs_mounted: AtomicU64,
@@ -44,7 +45,7 @@ pub struct Run {
 /// How far a run is. Written by the engine, read by whoever shows it.
 #[derive(Debug, Default)]
 pub struct Progress {
-    bytes_done: AtomicU64,
+    bytes_done: Arc<AtomicU64>,
     bytes_total: AtomicU64,
     images_done: AtomicU64,
     images_total: AtomicU64,
@@ -93,13 +94,9 @@ impl Progress {
         self.bytes_total.fetch_add(bytes, Ordering::Relaxed);
     }
 
-    pub(super) fn moved(&self, bytes: u64) {
-        self.bytes_done.fetch_add(bytes, Ordering::Relaxed);
-    }
-
-    /// Bytes that have to be sent again.
-    pub(super) fn lost(&self, bytes: u64) {
-        self.bytes_done.fetch_sub(bytes, Ordering::Relaxed);
+    /// The sum that every blob adds to.
+    pub(super) fn bytes_done(&self) -> Arc<AtomicU64> {
+        Arc::clone(&self.bytes_done)
     }
 
     /// How many images there are.
@@ -122,7 +119,9 @@ impl Run {
             fence,
             done: Mutex::default(),
             manifest_bytes: AtomicU64::new(0),
-            abandoned: Mutex::default(),
+            sessions: Sessions::default(),
+            source_tags: Mutex::default(),
+            fallback_locks: Mutex::default(),
             bytes_copied: AtomicU64::new(0),
             blobs_copied: AtomicU64::new(0),
             blobs_mounted: AtomicU64::new(0),
@@ -143,12 +142,14 @@ impl Run {
 
     /// Cancels the upload sessions that were left open by copies that failed or were dropped.
     pub async fn clean_up(&self) {
-        let abandoned = std::mem::take(&mut *self.abandoned.lock().unwrap_or_else(PoisonError::into_inner));
-        let cancels = futures::future::join_all(abandoned.iter().map(Upload::cancel));
-        let _ = timeout(CLEAN_UP_TIMEOUT, cancels).await;
+        self.sessions.clean_up().await;
     }
 
-    pub(super) fn progress(&self) -> &Arc<Progress> {
+    pub(super) fn sessions(&self) -> &Sessions {
+        &self.sessions
+    }
+
+    pub(super) fn progress(&self) -> &Progress {
         &self.progress
     }
 
@@ -158,42 +159,54 @@ impl Run {
 
     /// The cell that is set once this digest is in this repository. Who finds it empty fills it; who waits takes over
     /// with its own source when that fails.
-    pub(super) fn cell(&self, target: &Repository, digest: &Digest) -> Cell {
-        let key = (format!("{}/{}", target.host(), target.name()), digest.clone());
+    pub(super) fn cell(&self, target: &Target, digest: &Digest) -> Cell {
+        let key = (target.place(), digest.clone());
         let mut done = self.done.lock().unwrap_or_else(PoisonError::into_inner);
         Arc::clone(done.entry(key).or_default())
     }
 
     /// Forgets that this digest is in this repository.
-    pub(super) fn forget(&self, target: &Repository, digest: &Digest) {
-        let key = (format!("{}/{}", target.host(), target.name()), digest.clone());
+    pub(super) fn forget(&self, target: &Target, digest: &Digest) {
+        let key = (target.place(), digest.clone());
         self.done.lock().unwrap_or_else(PoisonError::into_inner).remove(&key);
     }
 
-    /// Counts a manifest as held in memory until the guard is dropped. `None` if that would be too much: no image has
-    /// so many, or such large ones.
-    pub(super) fn hold_manifest(&self, bytes: u64) -> Option<HeldManifest<'_>> {
+    /// Counts a manifest as held in memory until the guard is dropped. One that is large, or too many, is given up: it
+    /// is fetched again when it is its turn to be written.
+    pub(super) fn hold_manifest(&self, manifest: RawManifest) -> (HeldManifest<'_>, Option<RawManifest>) {
+        let bytes = manifest.bytes.len() as u64;
         let held = self.manifest_bytes.fetch_add(bytes, Ordering::Relaxed) + bytes;
-        let guard = HeldManifest { run: self, bytes };
-        (held <= MAX_MANIFEST_BYTES).then_some(guard)
+        let mut guard = HeldManifest { run: self, bytes };
+        if bytes <= WORTH_HOLDING && held <= MAX_MANIFEST_BYTES {
+            return (guard, Some(manifest));
+        }
+        guard.release();
+        (guard, None)
     }
 
-    pub(super) fn count_copied(&self, bytes: u64) {
-        self.bytes_copied.fetch_add(bytes, Ordering::Relaxed);
-        self.blobs_copied.fetch_add(1, Ordering::Relaxed);
+    /// The tags of a source repository that are about digests, read once in a run.
+    pub(super) fn source_tags(&self, source: &Source) -> Arc<OnceCell<Arc<SourceTags>>> {
+        let mut lists = self.source_tags.lock().unwrap_or_else(PoisonError::into_inner);
+        Arc::clone(lists.entry(source.place()).or_default())
     }
 
-    pub(super) fn count_mounted(&self) {
-        self.blobs_mounted.fetch_add(1, Ordering::Relaxed);
+    /// Held while a tag at the target is read, changed and written.
+    pub(super) fn fallback_lock(&self, target: &Target, tag: &str) -> Arc<AsyncMutex<()>> {
+        let mut locks = self.fallback_locks.lock().unwrap_or_else(PoisonError::into_inner);
+        Arc::clone(locks.entry(format!("{}:{tag}", target.place())).or_default())
     }
 
-    pub(super) fn count_present(&self) {
-        self.blobs_present.fetch_add(1, Ordering::Relaxed);
-    }
-
-    /// Remembers an open session until it is finished: one that is dropped is cancelled by [`clean_up`](Self::clean_up).
-    pub(super) fn open(&self, upload: Upload) -> OpenSession<'_> {
-        OpenSession { run: self, upload: Some(upload) }
+    /// Counts a blob of so many bytes.
+    pub(super) fn count(&self, stored: Stored, bytes: u64) {
+        let blobs = match stored {
+            Stored::Present => &self.blobs_present,
+            Stored::Mounted => &self.blobs_mounted,
+            Stored::Copied => {
+                self.bytes_copied.fetch_add(bytes, Ordering::Relaxed);
+                &self.blobs_copied
+            }
+        };
+        blobs.fetch_add(1, Ordering::Relaxed);
     }
 }
 
@@ -203,29 +216,32 @@ pub(super) struct HeldManifest<'a> {
     bytes: u64,
 }
 
+impl HeldManifest<'_> {
+    fn release(&mut self) {
+        self.run.manifest_bytes.fetch_sub(std::mem::take(&mut self.bytes), Ordering::Relaxed);
+    }
+}
+
 impl Drop for HeldManifest<'_> {
     fn drop(&mut self) {
-        self.run.manifest_bytes.fetch_sub(self.bytes, Ordering::Relaxed);
+        self.release();
     }
 }
 
-/// An open session at the target.
-pub(super) struct OpenSession<'a> {
-    run: &'a Run,
-    upload: Option<Upload>,
+/// The tags of a source repository that are about digests.
+pub(super) enum SourceTags {
+    /// All that there are.
+    All(HashSet<Tag>),
+    /// They cannot be listed, or there are too many tags to look through.
+    Unknown,
 }
 
-impl OpenSession<'_> {
-    /// The blob is committed, or the registry has forgotten the session.
-    pub(super) fn finish(mut self) {
-        self.upload = None;
-    }
-}
-
-impl Drop for OpenSession<'_> {
-    fn drop(&mut self) {
-        if let Some(upload) = self.upload.take() {
-            self.run.abandoned.lock().unwrap_or_else(PoisonError::into_inner).push(upload);
+impl SourceTags {
+    /// Whether it is worth asking for this tag.
+    pub(super) fn may_have(&self, tag: &str) -> bool {
+        match self {
+            Self::All(tags) => tag.parse::<Tag>().is_ok_and(|tag| tags.contains(&tag)),
+            Self::Unknown => true,
         }
     }
 }

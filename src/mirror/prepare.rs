@@ -10,7 +10,7 @@ use crate::{
     oci::{Algorithm, Digest, Host, RepositoryName},
     reason::Reason,
     registry::{Access, Transport},
-    sync::{ImageRequest, Registries, SyncRequest},
+    sync::{Destination, ImageRequest, Last, Registries, Sources, SyncRequest},
 };
 
 use super::{
@@ -31,14 +31,14 @@ pub struct Prepared {
     pub fingerprint: Digest,
 }
 
-/// Puts a run together. `operator_transport` is what the operator's configuration says of a host, and `last` the
-/// digests that target tags had after the last run.
+/// Puts a run together. `operator_transport` is what the operator's configuration says of a host, and `last` how
+/// target tags were after the last run.
 #[must_use]
 pub fn prepare(
     mirror: &ValidatedMirror,
     secrets: &Secrets,
     operator_transport: impl Fn(&Host) -> Transport,
-    last: &BTreeMap<String, Digest>,
+    last: &BTreeMap<String, Last>,
 ) -> Prepared {
     let mut problems = Vec::new();
     let (pull, gaps) = pull_credentials(mirror, secrets);
@@ -78,15 +78,22 @@ pub fn prepare(
         source: image.source.clone(),
         target_repository: image.target_repository.clone(),
         target_tag: image.target_tag.clone(),
+        platforms: image.platforms.clone(),
         last: last.get(&mirror.target_of(image)).cloned(),
         blocked: why_blocked(&image.source.host, &image.source.repository, &image.target_repository),
     });
-    let request = SyncRequest { images: images.collect(), timeout: mirror.timeout };
+    let request = SyncRequest {
+        images: images.collect(),
+        timeout: mirror.timeout,
+        options: mirror.options.clone(),
+        looks_at_attached: true,
+    };
     let sources = mirror.images.iter().map(|image| &image.source.host).map(|host| {
         let access = Access { host: host.clone(), transport: usable(host), credentials: pull.clone() };
         (host.clone(), access)
     });
-    let registries = Registries { sources: sources.collect(), target: target_access };
+    let registries =
+        Registries { sources: Sources::Registries(sources.collect()), target: Destination::Registry(target_access) };
     Prepared { request, registries, problems, fingerprint: fingerprint(secrets) }
 }
 

@@ -10,8 +10,9 @@ use kube::ResourceExt as _;
 
 use crate::{
     api::parse_duration,
-    api::v1alpha1::{Image, ImageMirror, ImageMirrorSpec},
-    oci::{Digest, Host, Reference, RepositoryName, Tag},
+    api::v1alpha1::{Image, ImageMirror, ImageMirrorSpec, ReferrersPolicy},
+    copy::{CopyOptions, Referrers},
+    oci::{Digest, Host, PlatformFilter, Reference, RepositoryName, Tag},
     schedule::{DEFAULT_INTERVAL, MIN_INTERVAL},
     sync::ImageSource,
 };
@@ -44,6 +45,8 @@ pub struct ValidatedMirror {
     pub requested_at: Option<String>,
     /// The images, one for each target tag, no two with the same.
     pub images: Vec<WantedImage>,
+    /// What is copied beside the images themselves.
+    pub options: CopyOptions,
     /// The target registry.
     pub target_host: Host,
     /// The Secret for the target.
@@ -65,6 +68,8 @@ pub struct WantedImage {
     pub target_repository: RepositoryName,
     /// The tag at the target.
     pub target_tag: Tag,
+    /// The platforms that are kept; none named is all.
+    pub platforms: Vec<PlatformFilter>,
 }
 
 /// How the spec says to reach one registry.
@@ -123,6 +128,7 @@ pub fn validate(mirror: &ImageMirror) -> Result<ValidatedMirror, InvalidSpec> {
     }
     errors.collisions(&images);
     let registries = errors.registries(spec);
+    let options = errors.options(spec);
     let (Some(target_host), true) = (target_host, errors.0.is_empty()) else {
         errors.0.truncate(MAX_ERRORS);
         return Err(InvalidSpec { errors: errors.0 });
@@ -137,6 +143,7 @@ pub fn validate(mirror: &ImageMirror) -> Result<ValidatedMirror, InvalidSpec> {
         timeout,
         requested_at: mirror.requested_at().map(str::to_owned),
         images,
+        options,
         target_host,
         target_secret: spec.target.secret_ref.as_ref().map(|secret| secret.name.clone()),
         pull_secrets: spec.image_pull_secrets.iter().map(|secret| secret.name.clone()).collect(),
@@ -189,6 +196,22 @@ impl Errors {
         }
     }
 
+    fn options(&mut self, spec: &ImageMirrorSpec) -> CopyOptions {
+        let referrers = spec.referrers.clone().unwrap_or_default();
+        let types = referrers.artifact_types;
+        let selects = referrers.policy == Some(ReferrersPolicy::Selected);
+        if selects == types.is_empty() {
+            self.add("spec.referrers", "artifactTypes goes with policy Selected, and Selected needs artifactTypes");
+        }
+        let referrers = match referrers.policy {
+            None | Some(ReferrersPolicy::All) => Referrers::All,
+            Some(ReferrersPolicy::None) => Referrers::None,
+            Some(ReferrersPolicy::Selected) => Referrers::Selected(types),
+        };
+        let foreign_layers = spec.policy.as_ref().and_then(|policy| policy.foreign_layers).unwrap_or_default();
+        CopyOptions { referrers, foreign_layers }
+    }
+
     fn registries(&mut self, spec: &ImageMirrorSpec) -> BTreeMap<Host, RegistrySettings> {
         let mut registries = BTreeMap::new();
         for (index, registry) in spec.registries.iter().enumerate() {
@@ -221,6 +244,10 @@ fn wanted_images(image: &Image, template: &str, field: &str) -> Result<Vec<Wante
     };
     let tags = parse_tags("tags", &image.tags)?;
     let target_tags = parse_tags("targetTags", &image.target_tags)?;
+    let platform = |text: &String| {
+        text.parse::<PlatformFilter>().map_err(|error| fail(&format!("{field}.platforms"), &error.to_string()))
+    };
+    let platforms = image.platforms.iter().map(platform).collect::<Result<Vec<_>, _>>()?;
     let has_own = reference.tag.is_some() || reference.digest.is_some();
     if has_own && !tags.is_empty() {
         return Err(fail(
@@ -256,7 +283,8 @@ fn wanted_images(image: &Image, template: &str, field: &str) -> Result<Vec<Wante
                 tag: tag.clone(),
                 digest: reference.digest.clone(),
             };
-            wanted.push(WantedImage { source, target_repository: target_repository.clone(), target_tag });
+            let (target_repository, platforms) = (target_repository.clone(), platforms.clone());
+            wanted.push(WantedImage { source, target_repository, target_tag, platforms });
         }
     }
     Ok(wanted)
@@ -343,6 +371,13 @@ mod tests {
                 "gcr.io/a and quay.io/a both want the target tag mirror/a:1",
             ),
             ("[{source: 'gcr.io/a:1', targetRepository: '{nme}'}]", "", "unknown placeholder"),
+            ("[{source: 'gcr.io/a:1', platforms: [amd64]}]", "", "spec.images[0].platforms: invalid platform"),
+            ("[{source: 'gcr.io/a:1'}]", "  referrers: {policy: Selected}", "spec.referrers: artifactTypes goes with"),
+            (
+                "[{source: 'gcr.io/a:1'}]",
+                "  referrers: {artifactTypes: [a/b]}",
+                "spec.referrers: artifactTypes goes with",
+            ),
             ("[{source: 'gcr.io/a:1'}]", "  interval: 5s", "spec.interval: 5s is too short"),
             ("[{source: 'gcr.io/a:1'}]", "  interval: soon", "is not a duration"),
             ("[{source: 'gcr.io/a:1'}]", "  registries: [{host: 'http://x'}]", "spec.registries[0].host"),

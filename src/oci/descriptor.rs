@@ -54,6 +54,12 @@ impl Descriptor {
         )
     }
 
+    /// Whether the media type is that of an index.
+    #[must_use]
+    pub fn is_index(&self) -> bool {
+        matches!(self.media_type.as_str(), media_type::OCI_INDEX | media_type::DOCKER_LIST)
+    }
+
     /// Whether this is a layer that its vendor distributes elsewhere: it has `urls` and is not fetched from the registry.
     #[must_use]
     pub fn is_foreign(&self) -> bool {

@@ -110,10 +110,32 @@ impl RawManifest {
         Ok(children)
     }
 
+    /// Whether the media type is that of an index.
+    #[must_use]
+    pub fn is_index(&self) -> bool {
+        self.descriptor().is_index()
+    }
+
+    /// The configuration that it names, if it names one.
+    pub fn config(&self) -> Result<Option<Descriptor>, ManifestError> {
+        let document = strict_json::parse(&self.bytes)?;
+        document.get("config").filter(|value| !value.is_null()).map(|config| descriptor("config", config)).transpose()
+    }
+
+    /// Whether it says that it is attached to another manifest.
+    #[must_use]
+    pub fn has_subject(&self) -> bool {
+        strict_json::parse(&self.bytes)
+            .is_ok_and(|document| document.get("subject").is_some_and(|subject| !subject.is_null()))
+    }
+
     fn is_known_type(&self) -> bool {
-        let this =
-            Descriptor { media_type: self.media_type.clone(), digest: self.digest.clone(), size: 0, urls: Vec::new() };
-        this.is_manifest()
+        self.descriptor().is_manifest()
+    }
+
+    fn descriptor(&self) -> Descriptor {
+        let (media_type, digest) = (self.media_type.clone(), self.digest.clone());
+        Descriptor { media_type, digest, size: self.bytes.len() as u64, urls: Vec::new() }
     }
 }
 

@@ -13,14 +13,18 @@
 
 mod descriptor;
 mod digest;
+mod index;
 mod manifest;
 mod name;
+mod platform;
 mod reference;
 mod strict_json;
 
 pub use descriptor::{Descriptor, media_type};
 pub use digest::{Algorithm, Digest, DigestError, Hasher};
+pub use index::{RawDescriptor, RawIndex};
 pub use manifest::{ACCEPT, Child, ManifestError, RawManifest};
 pub(crate) use name::split_port;
 pub use name::{Host, NameError, RepositoryName, Tag};
+pub use platform::{Platform, PlatformError, PlatformFilter};
 pub use reference::{Reference, ReferenceError};

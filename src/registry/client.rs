@@ -2,22 +2,21 @@
 
 use std::{
     collections::HashMap,
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
-use tokio::sync::{Mutex as AsyncMutex, MutexGuard as AsyncMutexGuard, Semaphore, SemaphorePermit};
+use tokio::sync::{Semaphore, SemaphorePermit};
 
 use super::{
+    known::Known,
     limits::HostLimits,
     network::Networks,
+    quirks::Quirks,
     transport::{Pools, Transport, TransportError},
 };
 use crate::{
-    auth::{Challenge, TokenCache},
+    auth::TokenCache,
     oci::{Digest, Host, RepositoryName},
 };
 
@@ -38,10 +37,10 @@ pub struct Timing {
     pub backoff_first: Duration,
     /// The longest wait between repetitions.
     pub backoff_max: Duration,
+    /// How long a host is left alone after a first 429 that does not say for how long; later ones double.
+    pub rate_pause: Duration,
     /// For the write of a tag, so that it ends before another leader can begin.
     pub tag_write: Duration,
-    /// How much of the lease must be left when the write of a tag begins.
-    pub tag_write_margin: Duration,
 }
 
 impl Default for Timing {
@@ -54,8 +53,8 @@ impl Default for Timing {
             pool_idle: Duration::from_secs(20),
             backoff_first: Duration::from_secs(1),
             backoff_max: Duration::from_secs(30),
+            rate_pause: Duration::from_secs(10),
             tag_write: Duration::from_secs(8),
-            tag_write_margin: Duration::from_secs(9),
         }
     }
 }
@@ -65,15 +64,28 @@ impl Default for Timing {
 pub struct HostOptions {
     /// Hosts beside the registry's own domain that may receive its credentials.
     pub auth_hosts: Vec<Host>,
+    /// Hosts that the registry may have blobs sent to instead of itself, without its credentials.
+    pub upload_hosts: Vec<Host>,
     /// Requests in flight at most.
     pub requests: usize,
     /// Blobs over 1 MiB under way at most.
     pub streams: usize,
+    /// Requests that begin in a second at most; `None` is no bound.
+    pub per_second: Option<u32>,
+    /// What differs from what is known of the host; `None` is nothing.
+    pub quirks: Option<Quirks>,
 }
 
 impl Default for HostOptions {
     fn default() -> Self {
-        Self { auth_hosts: Vec::new(), requests: 32, streams: 6 }
+        Self {
+            auth_hosts: Vec::new(),
+            upload_hosts: Vec::new(),
+            requests: 32,
+            streams: 6,
+            per_second: None,
+            quirks: None,
+        }
     }
 }
 
@@ -100,7 +112,7 @@ struct Inner {
     pools: Pools,
     tokens: TokenCache,
     limits: Mutex<HashMap<String, Arc<HostLimits>>>,
-    logins: Mutex<HashMap<String, Arc<Login>>>,
+    known: Mutex<HashMap<String, Arc<Known>>>,
     holders: Mutex<HashMap<Holding, RepositoryName>>,
     small_blobs: Semaphore,
 }
@@ -110,59 +122,6 @@ const SMALL_BLOBS_IN_MEMORY: u32 = 16 << 20;
 
 /// A registry with the credential that it is shown, and a blob: two tenants share what they know only if both are equal.
 type Holding = ((String, Option<Digest>), Digest);
-
-/// How a registry wants to be logged in to, as far as it has said.
-#[derive(Default)]
-pub(super) struct Login {
-    first: AsyncMutex<()>,
-    asked: Mutex<Option<Vec<Challenge>>>,
-    refuses_mounts: AtomicBool,
-}
-
-impl Login {
-    /// Lets one request go ahead where nothing is known yet, so that many at once cost one 401. `None`: go ahead all.
-    pub(super) async fn first_contact(&self) -> Option<AsyncMutexGuard<'_, ()>> {
-        if self.asked().is_some() {
-            return None;
-        }
-        let guard = self.first.lock().await;
-        if self.asked().is_some() { None } else { Some(guard) }
-    }
-
-    /// Whether mounting from another repository has been refused.
-    pub(super) fn refuses_mounts(&self) -> bool {
-        self.refuses_mounts.load(Ordering::Relaxed)
-    }
-
-    /// Mounting from another repository is not tried again.
-    pub(super) fn mounts_refused(&self) {
-        self.refuses_mounts.store(true, Ordering::Relaxed);
-    }
-
-    /// What the registry asks for.
-    pub(super) fn challenges(&self) -> Vec<Challenge> {
-        self.asked().clone().unwrap_or_default()
-    }
-
-    /// There has been an exchange, which may have ended before the registry asked for anything.
-    pub(super) fn contacted(&self) {
-        self.asked().get_or_insert_default();
-    }
-
-    /// The registry has asked for this. True if that is news.
-    pub(super) fn learn(&self, challenges: Vec<Challenge>) -> bool {
-        let mut asked = self.asked();
-        let is_news = !challenges.is_empty() && asked.as_ref() != Some(&challenges);
-        if is_news {
-            *asked = Some(challenges);
-        }
-        is_news
-    }
-
-    fn asked(&self) -> MutexGuard<'_, Option<Vec<Challenge>>> {
-        self.asked.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
 
 impl Client {
     /// A client with these options.
@@ -174,7 +133,7 @@ impl Client {
             pools: Pools::default(),
             tokens: TokenCache::default(),
             limits: Mutex::default(),
-            logins: Mutex::default(),
+            known: Mutex::default(),
             holders: Mutex::default(),
             small_blobs: Semaphore::new(SMALL_BLOBS_IN_MEMORY as usize),
         };
@@ -203,26 +162,34 @@ impl Client {
         self.inner.options.hosts.get(host).map_or(&[], |options| &options.auth_hosts)
     }
 
+    pub(super) fn upload_hosts(&self, host: &Host) -> &[Host] {
+        self.inner.options.hosts.get(host).map_or(&[], |options| &options.upload_hosts)
+    }
+
     /// The limits of a host, by its `host[:port]` as it is dialled.
-    pub(crate) fn limits(&self, host: &str) -> Arc<HostLimits> {
+    pub(super) fn limits(&self, host: &str) -> Arc<HostLimits> {
         let mut limits = self.inner.limits.lock().unwrap_or_else(PoisonError::into_inner);
         if limits.len() >= Self::MAX_HOSTS {
-            limits.retain(|_, host| Arc::strong_count(host) > 1 || host.closed_for().is_some());
+            limits.retain(|_, host| Arc::strong_count(host) > 1 || host.is_closed());
         }
         Arc::clone(limits.entry(host.to_owned()).or_insert_with(|| {
             let options = host.parse::<Host>().ok().and_then(|host| self.inner.options.hosts.get(&host).cloned());
             let options = options.unwrap_or_default();
-            Arc::new(HostLimits::new(options.requests, options.streams))
+            Arc::new(HostLimits::new(options.requests, options.streams, options.per_second))
         }))
     }
 
-    /// What is known of how a registry wants to be logged in to, shared by all its repositories.
-    pub(super) fn login(&self, registry: &str) -> Arc<Login> {
-        let mut logins = self.inner.logins.lock().unwrap_or_else(PoisonError::into_inner);
-        if logins.len() >= Self::MAX_HOSTS {
-            logins.clear();
+    /// What is known of a registry, shared by all its repositories that are reached in one way.
+    pub(super) fn known(&self, host: &Host, registry_key: &str) -> Arc<Known> {
+        let mut known = self.inner.known.lock().unwrap_or_else(PoisonError::into_inner);
+        if known.len() >= Self::MAX_HOSTS {
+            known.clear();
         }
-        Arc::clone(logins.entry(registry.to_owned()).or_default())
+        let new = || {
+            let set = self.inner.options.hosts.get(host).and_then(|options| options.quirks);
+            Arc::new(Known::new(&set.unwrap_or_else(|| Quirks::of(host))))
+        };
+        Arc::clone(known.entry(registry_key.to_owned()).or_insert_with(new))
     }
 
     /// A repository that this process has brought a blob to.
@@ -232,7 +199,7 @@ impl Client {
     }
 
     /// Waits for room in memory for a small blob.
-    pub(crate) async fn room_for_small(&self, bytes: u64) -> Option<SemaphorePermit<'_>> {
+    pub(super) async fn room_for_small(&self, bytes: u64) -> Option<SemaphorePermit<'_>> {
         let bytes = u32::try_from(bytes).unwrap_or(u32::MAX).min(SMALL_BLOBS_IN_MEMORY);
         self.inner.small_blobs.acquire_many(bytes).await.ok()
     }

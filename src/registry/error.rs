@@ -57,6 +57,8 @@ pub enum ErrorKind {
     RealmRefused(String),
     /// A redirect leads where it must not: to plain HTTP, in a loop, or anywhere on a write.
     RedirectRefused(String),
+    /// The next page of a list is at another host.
+    LinkRefused(String),
     /// An upload location at another host.
     LocationRefused(String),
     /// A body larger than its kind may be.
@@ -65,6 +67,10 @@ pub enum ErrorKind {
     Integrity(String),
     /// An answer that the protocol does not allow.
     Malformed(String),
+    /// A directory does not hold what was asked for.
+    Missing,
+    /// The file system refused.
+    Io(std::io::ErrorKind),
     /// The client could not be set up.
     Setup(String),
     /// Another leader may have taken over: no tag is written any more.
@@ -90,10 +96,16 @@ pub enum Step {
     StartUpload,
     /// `PUT` of a blob.
     PutBlob,
+    /// `GET` of an upload session: what has arrived of it.
+    UploadStatus,
     /// `DELETE` of an upload session.
     CancelUpload,
     /// `PUT` of a manifest or tag.
     PutManifest,
+    /// `GET` of a list of tags.
+    ListTags,
+    /// `GET` of what is attached to a manifest.
+    ListReferrers,
 }
 
 /// Which of the two registries an exchange was with.
@@ -133,6 +145,11 @@ impl Error {
         }
     }
 
+    /// The HTTP status as a number; 0 where there was no answer.
+    pub(super) fn status_code(&self) -> u16 {
+        self.status().map_or(0, |status| status.as_u16())
+    }
+
     /// The OCI error code, where there was one.
     #[must_use]
     pub fn code(&self) -> Option<&str> {
@@ -145,7 +162,7 @@ impl Error {
     /// Whether the content asked for is simply not there.
     #[must_use]
     pub fn is_not_found(&self) -> bool {
-        self.status() == Some(StatusCode::NOT_FOUND)
+        self.status() == Some(StatusCode::NOT_FOUND) || self.kind == ErrorKind::Missing
     }
 
     /// Whether the upload session is gone and a new one may do.
@@ -188,22 +205,21 @@ impl Error {
             ErrorKind::Denied(_)
             | ErrorKind::RealmRefused(_)
             | ErrorKind::RedirectRefused(_)
+            | ErrorKind::LinkRefused(_)
             | ErrorKind::LocationRefused(_) => Reason::Blocked,
             ErrorKind::Closed(_) => Reason::RateLimited,
             ErrorKind::TooLarge(_) => Reason::ManifestRefused,
             ErrorKind::Integrity(_) => Reason::IntegrityError,
             ErrorKind::Malformed(_) => unavailable,
+            ErrorKind::Missing => self.absent(side),
+            ErrorKind::Io(std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded) => Reason::QuotaExceeded,
+            ErrorKind::Io(_) => unavailable,
             ErrorKind::Setup(_) => Reason::CertificateInvalid,
             ErrorKind::Status { status, code, .. } => self.status_reason(*status, code.as_deref(), side, unavailable),
         }
     }
 
     fn status_reason(&self, status: StatusCode, code: Option<&str>, side: Side, unavailable: Reason) -> Reason {
-        let absent = match (side, self.step) {
-            (Side::Source, Step::GetBlob | Step::GetChild) => Reason::SourceIncomplete,
-            (Side::Source, _) => Reason::SourceNotFound,
-            (Side::Target, _) => Reason::RepositoryMissing,
-        };
         match (self.step, code, status.as_u16()) {
             // A quota of the registry, without a time after which it is over.
             (_, Some("QUOTA_EXCEEDED"), _) | (_, _, 507) => Reason::QuotaExceeded,
@@ -222,8 +238,16 @@ impl Error {
             (Step::PutManifest, Some("MANIFEST_BLOB_UNKNOWN"), _) => unavailable,
             (_, Some("MANIFEST_INVALID" | "MANIFEST_UNVERIFIED" | "UNSUPPORTED"), _) => Reason::ManifestRefused,
             (Step::PutManifest, _, 400 | 405 | 413 | 415 | 422) => Reason::ManifestRefused,
-            (_, _, 404) => absent,
+            (_, _, 404) => self.absent(side),
             _ => unavailable,
+        }
+    }
+
+    fn absent(&self, side: Side) -> Reason {
+        match (side, self.step) {
+            (Side::Source, Step::GetBlob | Step::GetChild) => Reason::SourceIncomplete,
+            (Side::Source, _) => Reason::SourceNotFound,
+            (Side::Target, _) => Reason::RepositoryMissing,
         }
     }
 }
@@ -238,8 +262,11 @@ impl fmt::Display for Step {
             Self::GetBlob => "reading blob",
             Self::StartUpload => "starting the upload of",
             Self::PutBlob => "uploading",
+            Self::UploadStatus => "asking about the upload of",
             Self::CancelUpload => "cancelling the upload of",
             Self::PutManifest => "writing the manifest of",
+            Self::ListTags => "listing the tags of",
+            Self::ListReferrers => "listing what is attached to",
         })
     }
 }
@@ -293,10 +320,16 @@ impl fmt::Display for ErrorKind {
                 "it sends logins to {host}, which is not of its domain; allow it with authHosts in the operator's configuration"
             ),
             Self::RedirectRefused(why) => write!(f, "a redirect was refused: {why}"),
-            Self::LocationRefused(host) => write!(f, "it wants the upload sent to {host}, another host"),
+            Self::LinkRefused(host) => write!(f, "it says that its list goes on at {host}, another host"),
+            Self::LocationRefused(host) => write!(
+                f,
+                "it wants the upload sent to {host}, another host; allow it with uploadHosts in the operator's configuration"
+            ),
             Self::TooLarge(limit) => write!(f, "the answer is larger than {limit} bytes"),
             Self::Integrity(what) => f.write_str(what),
             Self::Malformed(what) => write!(f, "an answer that the protocol does not allow: {what}"),
+            Self::Missing => f.write_str("it is not there"),
+            Self::Io(kind) => write!(f, "{kind}"),
             Self::Setup(what) => f.write_str(what),
             Self::LeadershipLost => f.write_str("this replica may no longer be the leader"),
         }

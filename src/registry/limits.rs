@@ -1,8 +1,12 @@
-//! What everybody in the process shares of one host: requests in flight, large streams, and the time until which the
-//! host has asked to be left alone.
+//! What everybody in the process shares of one host: how many requests are in flight, how many large streams, how many
+//! begin in a second, and the time until which the host has asked to be left alone.
+//!
+//! Requests in flight begin at half of what is allowed, grow with success and halve when the host says that it is too
+//! much. A `429` is the matter of one credential, a `503` that of the host.
 
 use std::{
-    sync::{Arc, Mutex, PoisonError},
+    collections::HashMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
@@ -11,11 +15,60 @@ use tokio::{
     time::{Instant, sleep_until},
 };
 
+use crate::oci::Digest;
+
+/// The credential that a request is sent with, by its fingerprint; anonymous is one too.
+pub(super) type Identity = Option<Digest>;
+
 /// The shared limits of one host.
 pub(crate) struct HostLimits {
     requests: Arc<Semaphore>,
     streams: Arc<Semaphore>,
-    closed_until: Mutex<Option<Instant>>,
+    rate: Option<Duration>,
+    state: Mutex<State>,
+}
+
+struct State {
+    /// Requests that may be in flight now, and at most.
+    limit: usize,
+    most: usize,
+    /// Permits to take out of the semaphore as they come back.
+    debt: usize,
+    /// Answers since the limit last grew. Below `calm` each lets it grow, above only as many as it is high.
+    answers: usize,
+    calm: usize,
+    /// Counts the times that it was halved: what was sent before one does not cause another.
+    epoch: u64,
+    /// `429`s in a row without a word of how long.
+    refusals: u32,
+    closed: HashMap<Gate, Instant>,
+    /// When the next request may begin, where the rate is limited.
+    next: Instant,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+enum Gate {
+    Host,
+    Identity(Identity),
+}
+
+/// A place among the requests in flight of a host.
+pub(crate) struct Permit {
+    limits: Arc<HostLimits>,
+    inner: Option<OwnedSemaphorePermit>,
+    identity: Identity,
+    epoch: u64,
+}
+
+/// What an answer says of how the host is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Verdict {
+    /// It keeps up.
+    Fine,
+    /// Too many requests with this credential; for how long, where it says so.
+    TooMany(Option<Duration>),
+    /// It is overloaded; for how long, where it says so.
+    Overloaded(Option<Duration>),
 }
 
 /// A host that wants to be left alone for longer is not waited for inside a run.
@@ -24,83 +77,271 @@ const LONGEST_WAIT: Duration = Duration::from_mins(1);
 const LONGEST_PAUSE: Duration = Duration::from_hours(1);
 
 impl HostLimits {
-    pub(crate) fn new(requests: usize, streams: usize) -> Self {
+    /// `per_second` is how many requests may begin in a second; `None` is as many as the others allow.
+    pub(crate) fn new(requests: usize, streams: usize, per_second: Option<u32>) -> Self {
+        let most = requests.max(1);
+        let limit = most.div_ceil(2);
+        let state = State {
+            limit,
+            most,
+            debt: 0,
+            answers: 0,
+            calm: most,
+            epoch: 0,
+            refusals: 0,
+            closed: HashMap::new(),
+            next: Instant::now(),
+        };
         Self {
-            requests: Arc::new(Semaphore::new(requests.max(1))),
+            requests: Arc::new(Semaphore::new(limit)),
             streams: Arc::new(Semaphore::new(streams.max(1))),
-            closed_until: Mutex::new(None),
+            rate: per_second.map(|rate| Duration::from_secs(1) / rate.max(1)),
+            state: Mutex::new(state),
         }
     }
 
-    /// Waits until the host may be asked, then for a place among the requests in flight. Gate first, permit second:
-    /// whoever waits for a closed host holds nothing.
+    /// Waits until the host may be asked with this credential, then for a place among the requests in flight. Gate
+    /// first, permit second: whoever waits for a closed host holds nothing.
     ///
     /// A host that is closed for longer than a minute is not waited for: the error says for how long it is.
-    pub(crate) async fn request(&self) -> Result<Option<OwnedSemaphorePermit>, Duration> {
+    pub(super) async fn request(self: &Arc<Self>, identity: &Identity) -> Result<Permit, Duration> {
         loop {
-            while let Some(until) = self.closed_until() {
+            while let Some(until) = self.closed_until(identity) {
                 let pause = until.saturating_duration_since(Instant::now());
                 if pause > LONGEST_WAIT {
                     return Err(pause);
                 }
                 sleep_until(until).await;
             }
-            let permit = Arc::clone(&self.requests).acquire_owned().await.ok();
-            if self.closed_until().is_none() {
-                return Ok(permit);
+            if let Some(turn) = self.next_turn() {
+                sleep_until(turn).await;
+            }
+            let inner = Arc::clone(&self.requests).acquire_owned().await.ok();
+            if self.closed_until(identity).is_none() {
+                let epoch = self.state().epoch;
+                return Ok(Permit { limits: Arc::clone(self), inner, identity: identity.clone(), epoch });
             }
         }
     }
 
     /// Waits for a place among the large streams.
-    pub(crate) async fn stream(&self) -> Option<OwnedSemaphorePermit> {
+    pub(super) async fn stream(&self) -> Option<OwnedSemaphorePermit> {
         Arc::clone(&self.streams).acquire_owned().await.ok()
     }
 
-    /// Closes the host for everybody. A later end wins over an earlier one.
-    pub(crate) fn close_for(&self, pause: Duration) {
-        let until = Instant::now() + pause.min(LONGEST_PAUSE);
-        let mut closed = self.closed_until.lock().unwrap_or_else(PoisonError::into_inner);
-        *closed = Some(closed.map_or(until, |earlier| earlier.max(until)));
+    /// Whether somebody is to leave the host alone.
+    pub(super) fn is_closed(&self) -> bool {
+        let now = Instant::now();
+        self.state().closed.values().any(|until| *until > now)
     }
 
-    /// How long the host still wants to be left alone.
-    pub(crate) fn closed_for(&self) -> Option<Duration> {
-        self.closed_until().map(|until| until.saturating_duration_since(Instant::now()))
+    /// When the next request may begin: a second's worth of them may begin at once, the others at equal distances.
+    fn next_turn(&self) -> Option<Instant> {
+        let distance = self.rate?;
+        let now = Instant::now();
+        let mut state = self.state();
+        let earliest = now.checked_sub(Duration::from_secs(1)).unwrap_or(now);
+        let turn = state.next.max(earliest);
+        state.next = turn + distance;
+        (turn > now).then_some(turn)
     }
 
-    fn closed_until(&self) -> Option<Instant> {
-        let closed = *self.closed_until.lock().unwrap_or_else(PoisonError::into_inner);
-        closed.filter(|until| *until > Instant::now())
+    fn closed_until(&self, identity: &Identity) -> Option<Instant> {
+        let state = self.state();
+        let until = |gate| state.closed.get(&gate).copied();
+        let until = until(Gate::Host).max(until(Gate::Identity(identity.clone())));
+        until.filter(|until| *until > Instant::now())
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    /// A later end wins over an earlier one.
+    fn close(&mut self, gate: Gate, pause: Duration) {
+        let now = Instant::now();
+        let until = now + pause.min(LONGEST_PAUSE);
+        self.closed.retain(|_, until| *until > now);
+        let closed = self.closed.entry(gate).or_insert(until);
+        *closed = until.max(*closed);
+    }
+
+    /// Lets one more request through, if it is time. True if a permit is to be added.
+    fn grow(&mut self) -> bool {
+        self.answers += 1;
+        if self.limit == self.most || (self.limit >= self.calm && self.answers < self.limit) {
+            return false;
+        }
+        self.answers = 0;
+        self.limit += 1;
+        if self.debt > 0 {
+            self.debt -= 1;
+            return false;
+        }
+        true
+    }
+
+    /// Halves the limit, once for all that was sent under it. The number of permits to take away.
+    fn halve(&mut self, epoch: u64) -> usize {
+        if epoch != self.epoch {
+            return 0;
+        }
+        self.epoch += 1;
+        let halved = self.limit.div_ceil(2);
+        let less = self.limit - halved;
+        (self.limit, self.calm, self.answers) = (halved, halved, 0);
+        less
+    }
+}
+
+impl Permit {
+    /// Takes in what the answer to this request says. `first_pause` is how long a first refusal without a word of how
+    /// long closes the host; later ones double it.
+    pub(super) fn answered(&self, verdict: Verdict, first_pause: Duration) {
+        let mut state = self.limits.state();
+        let less = match verdict {
+            Verdict::Fine => {
+                state.refusals = 0;
+                if state.grow() {
+                    self.limits.requests.add_permits(1);
+                }
+                0
+            }
+            Verdict::TooMany(pause) => {
+                let pause = pause.unwrap_or_else(|| {
+                    state.refusals = (state.refusals + 1).min(16);
+                    first_pause.saturating_mul(1 << (state.refusals - 1))
+                });
+                state.close(Gate::Identity(self.identity.clone()), pause);
+                state.halve(self.epoch)
+            }
+            Verdict::Overloaded(pause) => {
+                if let Some(pause) = pause {
+                    state.close(Gate::Host, pause);
+                }
+                state.halve(self.epoch)
+            }
+        };
+        state.debt += less - self.limits.requests.forget_permits(less);
+    }
+}
+
+impl Drop for Permit {
+    fn drop(&mut self) {
+        let mut state = self.limits.state();
+        if state.debt > 0
+            && let Some(inner) = self.inner.take()
+        {
+            state.debt -= 1;
+            inner.forget();
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use futures::FutureExt as _;
+
     use super::*;
+
+    const PAUSE: Duration = Duration::from_secs(10);
+
+    fn limits(requests: usize) -> Arc<HostLimits> {
+        Arc::new(HostLimits::new(requests, 1, None))
+    }
+
+    /// All that can be had without waiting.
+    fn all(limits: &Arc<HostLimits>) -> Vec<Permit> {
+        std::iter::from_fn(|| limits.request(&None).now_or_never()).map(Result::unwrap).collect()
+    }
+
+    fn all_answered(permits: &[Permit], verdict: Verdict) {
+        for permit in permits {
+            permit.answered(verdict, PAUSE);
+        }
+    }
 
     #[tokio::test(start_paused = true)]
     async fn a_closed_host_is_left_alone_by_everybody_until_it_opens() {
-        let limits = HostLimits::new(2, 1);
-        limits.close_for(Duration::from_secs(59));
-        limits.close_for(Duration::from_secs(10));
+        let limits = limits(4);
+        let permit = limits.request(&None).await.unwrap();
+        permit.answered(Verdict::Overloaded(Some(Duration::from_secs(59))), PAUSE);
+        permit.answered(Verdict::Overloaded(Some(Duration::from_secs(10))), PAUSE);
+        drop(permit);
         let before = Instant::now();
-        let _first = limits.request().await;
-        let _second = limits.request().await;
+        let _first = limits.request(&Some(Digest::sha256(b"one"))).await;
         assert!(before.elapsed() >= Duration::from_secs(59));
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_host_that_is_closed_for_long_is_not_waited_for() {
-        let limits = HostLimits::new(1, 1);
-        limits.close_for(Duration::from_mins(10));
-        assert!(limits.request().await.is_err_and(|pause| pause > Duration::from_mins(9)));
+    async fn too_many_requests_are_the_matter_of_one_credential() {
+        let limits = limits(4);
+        let one = Some(Digest::sha256(b"one"));
+        limits.request(&one).await.unwrap().answered(Verdict::TooMany(Some(Duration::from_mins(10))), PAUSE);
+        assert!(limits.request(&one).await.is_err_and(|pause| pause > Duration::from_mins(9)));
+        assert!(limits.request(&None).now_or_never().is_some_and(|permit| permit.is_ok()));
+        assert!(limits.is_closed());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_refusal_that_names_no_time_closes_for_longer_each_time() {
+        let limits = limits(4);
+        let before = Instant::now();
+        for expected in [10, 30, 70] {
+            limits.request(&None).await.unwrap().answered(Verdict::TooMany(None), PAUSE);
+            let _ = limits.request(&None).await;
+            assert_eq!(before.elapsed().as_secs(), expected);
+        }
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_pause_is_never_longer_than_an_hour() {
-        let limits = HostLimits::new(1, 1);
-        limits.close_for(Duration::from_secs(1_000_000_000));
-        assert!(limits.closed_for().unwrap() <= LONGEST_PAUSE);
+        let limits = limits(1);
+        let pause = Some(Duration::from_secs(1_000_000_000));
+        limits.request(&None).await.unwrap().answered(Verdict::Overloaded(pause), PAUSE);
+        assert!(limits.request(&None).await.is_err_and(|pause| pause <= LONGEST_PAUSE));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn requests_in_flight_grow_with_success_and_halve_when_they_are_too_many() {
+        let limits = limits(32);
+        let permits = all(&limits);
+        assert_eq!(permits.len(), 16);
+        all_answered(&permits, Verdict::Fine);
+        drop(permits);
+        let permits = all(&limits);
+        assert_eq!(permits.len(), 32);
+
+        all_answered(&permits, Verdict::Overloaded(None));
+        drop(permits);
+        assert_eq!(all(&limits).len(), 16, "halved once for all that were in flight");
+        for round in 0..2 {
+            let permits = all(&limits);
+            all_answered(&permits, Verdict::Fine);
+            assert_eq!(permits.len(), 16 + round);
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn one_request_always_remains() {
+        let limits = limits(2);
+        for _ in 0..5 {
+            limits.request(&None).await.unwrap().answered(Verdict::Overloaded(None), PAUSE);
+        }
+        assert_eq!(all(&limits).len(), 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_rate_lets_a_second_of_requests_go_at_once_and_then_spreads_them() {
+        let limits = Arc::new(HostLimits::new(32, 1, Some(10)));
+        tokio::time::advance(Duration::from_mins(1)).await;
+        let before = Instant::now();
+        for _ in 0..30 {
+            limits.request(&None).await.unwrap();
+        }
+        let took = before.elapsed();
+        assert!((1900..=2100).contains(&took.as_millis()), "{took:?}");
     }
 }

@@ -8,20 +8,33 @@
 //! Errors say which step failed at which host with which answer ([`Error`]), map to one
 //! [`Reason`](crate::reason::Reason), and know whether to try again.
 
+mod backend;
 mod body;
 mod client;
 mod error;
+pub mod header;
+mod known;
+mod layout;
 mod limits;
+mod list;
 mod network;
+mod pull;
+mod push;
+mod quirks;
 mod repository;
 mod send;
 mod transport;
 mod upload;
 
-pub use body::{BlobStream, BodyFailed, HoldBack};
+pub use backend::{BlobOpener, Source, Target};
+pub use body::{BlobStream, Meter};
 pub use client::{Client, ClientOptions, HostOptions, Timing};
 pub use error::{Error, ErrorKind, Side, Step};
+pub use layout::{Layout, LayoutError, LayoutRepository};
+pub use list::{MAX_PAGES, TagList};
 pub use network::{Denied, Networks};
+pub use push::{PutOptions, Stored};
+pub use quirks::{Quirks, UploadStrategy};
 pub use repository::{Access, Repository};
 pub use transport::{Transport, TransportError};
-pub use upload::{MountFrom, Started, StreamError, Upload};
+pub use upload::{PutError, Sessions};

@@ -8,16 +8,18 @@ use std::sync::{
 use bytes::Bytes;
 use futures::StreamExt as _;
 use http::{
-    HeaderMap, HeaderValue, Method, StatusCode,
-    header::{ACCEPT as ACCEPT_HEADER, ACCEPT_ENCODING, CONTENT_ENCODING, CONTENT_RANGE, CONTENT_TYPE, RANGE},
+    HeaderValue, Method, StatusCode,
+    header::{ACCEPT as ACCEPT_HEADER, ACCEPT_ENCODING, CONTENT_ENCODING, CONTENT_TYPE, RANGE},
 };
 use tokio::time::timeout;
 use url::Url;
 
 use super::{
     body::BlobStream,
-    client::{Client, Login},
+    client::Client,
     error::{Error, ErrorKind, Step},
+    header::{content_digest, content_range, lists_by_subject},
+    known::Known,
     send::{Request, Response, host_of, transport_error},
     transport::{Transport, TransportError},
     upload::MountFrom,
@@ -31,7 +33,6 @@ use crate::{
 const MAX_MANIFEST: u64 = 4 << 20;
 /// A mount from another repository costs a token of its own, which small blobs are not worth.
 const WORTH_MOUNTING: u64 = 1 << 20;
-const CONTENT_DIGEST: &str = "docker-content-digest";
 
 /// How a registry is reached, and with which credentials.
 #[derive(Clone, Debug)]
@@ -56,7 +57,7 @@ struct Inner {
     host: Host,
     plain_http: bool,
     registry_key: String,
-    login: Arc<Login>,
+    known: Arc<Known>,
     name: RepositoryName,
     scope: Scope,
     base: Url,
@@ -90,7 +91,7 @@ impl Repository {
             http,
             host: access.host.clone(),
             plain_http: access.transport.plain_http,
-            login: client.login(&registry_key),
+            known: client.known(&access.host, &registry_key),
             registry_key,
             credentials: access.credentials.matching(&access.host, &name),
             name,
@@ -113,6 +114,16 @@ impl Repository {
         &self.inner.name
     }
 
+    /// `host/name`, for messages.
+    pub(super) fn place_name(&self) -> String {
+        format!("{}/{}", self.inner.host, self.inner.name)
+    }
+
+    /// Whether this is at the registry itself, which alone gets its credentials.
+    pub(super) fn is_same_origin(&self, url: &Url) -> bool {
+        url.origin() == self.inner.base.origin()
+    }
+
     /// The client behind this handle.
     #[must_use]
     pub fn client(&self) -> &Client {
@@ -120,7 +131,7 @@ impl Repository {
     }
 
     /// The host as it is dialled, by which limits are shared.
-    pub(crate) fn endpoint(&self) -> String {
+    pub(super) fn endpoint(&self) -> String {
         host_of(&self.inner.base)
     }
 
@@ -172,7 +183,18 @@ impl Repository {
             let what = "the registry stored the manifest under another digest".to_owned();
             return Err(self.error(ErrorKind::Integrity(what), &request));
         }
+        if self.known().referrers_api().is_none() && manifest.has_subject() {
+            self.known().learn_referrers_api(lists_by_subject(response.inner.headers()));
+        }
         Ok(())
+    }
+
+    /// Whether what has a subject is found by it without being listed under a tag.
+    pub(super) async fn lists_referrers(&self, digest: &Digest) -> Result<bool, Error> {
+        match self.known().referrers_api() {
+            Some(exists) => Ok(exists),
+            None => Ok(self.referrers(digest).await?.is_some()),
+        }
     }
 
     /// Moves a tag. The write ends, one way or the other, within [`Timing::tag_write`](super::Timing::tag_write): if no answer comes in that
@@ -229,8 +251,8 @@ impl Repository {
             let length = response.inner.content_length().ok_or_else(|| malformed("no Content-Length"))?;
             return Ok((length, offset));
         }
-        let header = response.inner.headers().get(CONTENT_RANGE).and_then(|value| value.to_str().ok());
-        let (start, total) = header.and_then(parse_content_range).ok_or_else(|| malformed("no valid Content-Range"))?;
+        let range = content_range(response.inner.headers());
+        let (start, total) = range.ok_or_else(|| malformed("no valid Content-Range"))?;
         if start != offset {
             return Err(malformed("another range than was asked for"));
         }
@@ -262,18 +284,6 @@ impl Repository {
         .boxed()
     }
 
-    /// The failure of a blob whose bytes are not what was promised.
-    pub(crate) fn corrupt(&self, descriptor: &Descriptor, what: &str) -> Error {
-        let subject = format!("{}@{}", self.name(), descriptor.digest);
-        Error::new(ErrorKind::Integrity(what.to_owned()), Step::GetBlob, self.host().as_str(), &subject)
-    }
-
-    /// The failure of a tag that may not be written any more.
-    pub(crate) fn leadership_lost(&self, tag: &Tag) -> Error {
-        let subject = format!("{}:{tag}", self.name());
-        Error::new(ErrorKind::LeadershipLost, Step::PutManifest, self.host().as_str(), &subject)
-    }
-
     pub(super) fn url(&self, path: &str) -> Result<Url, Error> {
         let path = format!("{}/{path}", self.inner.name);
         self.inner.base.join(&path).map_err(|error| {
@@ -301,8 +311,8 @@ impl Repository {
         &self.inner.registry_key
     }
 
-    pub(super) fn login(&self) -> &Login {
-        &self.inner.login
+    pub(super) fn known(&self) -> &Known {
+        &self.inner.known
     }
 
     pub(super) fn scope(&self) -> &Scope {
@@ -322,7 +332,7 @@ impl Repository {
     }
 
     /// A large blob is here: other repositories of the registry can mount it.
-    pub(crate) fn holds(&self, descriptor: &Descriptor) {
+    pub(super) fn holds(&self, descriptor: &Descriptor) {
         if descriptor.size >= WORTH_MOUNTING {
             self.client().remember_holder(self.login_key(), &descriptor.digest, self.name());
         }
@@ -330,12 +340,17 @@ impl Repository {
 
     /// Where this repository may take the blob from: another one that it was brought to with the same credential, else
     /// this one itself, which then says whether it is there.
-    pub(crate) fn mount_for(&self, descriptor: &Descriptor) -> MountFrom {
+    pub(super) fn mount_for(&self, descriptor: &Descriptor) -> MountFrom {
         let holder = self.client().holder(self.login_key(), &descriptor.digest);
         match holder.filter(|holder| holder != self.name()) {
             Some(holder) => MountFrom::Other(holder),
             None => MountFrom::Itself,
         }
+    }
+
+    /// Whether this process has brought the blob here.
+    pub(super) fn is_holder(&self, descriptor: &Descriptor) -> bool {
+        self.client().holder(self.login_key(), &descriptor.digest).as_ref() == Some(self.name())
     }
 
     /// The registry as it is reached, and the credential that it is shown.
@@ -351,30 +366,5 @@ impl Repository {
         }
         let _ = self.chosen().compare_exchange(index, index + 1, Ordering::Relaxed, Ordering::Relaxed);
         true
-    }
-}
-
-fn content_digest(headers: &HeaderMap) -> Option<Digest> {
-    headers.get(CONTENT_DIGEST)?.to_str().ok()?.parse().ok()
-}
-
-/// Start and total of `bytes start-end/total` (RFC 9110, section 14.4).
-fn parse_content_range(header: &str) -> Option<(u64, u64)> {
-    let (range, total) = header.strip_prefix("bytes ")?.split_once('/')?;
-    let (start, end) = range.split_once('-')?;
-    let (start, end, total): (u64, u64, u64) = (start.parse().ok()?, end.parse().ok()?, total.parse().ok()?);
-    (start <= end && end + 1 == total).then_some((start, total))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn content_ranges_must_reach_to_the_end() {
-        assert_eq!(parse_content_range("bytes 5-9/10"), Some((5, 10)));
-        for bad in ["", "bytes 5-9/*", "bytes 5-8/10", "bytes 9-5/10", "5-9/10", "bytes */10"] {
-            assert_eq!(parse_content_range(bad), None, "{bad}");
-        }
     }
 }

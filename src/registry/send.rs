@@ -4,23 +4,25 @@
 //! with a fresh token once and then with the next credential that matches, follows redirects by hand, and is repeated
 //! with full jitter when the failure is one that passes.
 
-use std::{sync::atomic::Ordering, time::Duration};
+use std::sync::atomic::Ordering;
 
 use bytes::{Bytes, BytesMut};
 use http::{
     HeaderMap, HeaderValue, Method, StatusCode,
-    header::{AUTHORIZATION, CONTENT_LENGTH, LOCATION, RETRY_AFTER, WWW_AUTHENTICATE},
+    header::{AUTHORIZATION, CONTENT_LENGTH, LOCATION, WWW_AUTHENTICATE},
 };
 use secrecy::{ExposeSecret, SecretString};
-use tokio::{sync::OwnedSemaphorePermit, time::timeout};
+use tokio::time::timeout;
 use url::Url;
 
 use super::{
     error::{Error, ErrorKind, Step, parse_envelope},
+    header,
+    limits::{Identity, Permit, Verdict},
     network::Denied,
     repository::Repository,
 };
-use crate::auth::{Challenge, Scope, Token, TokenKey, realm_is_trusted};
+use crate::auth::{Challenge, Credential, Scope, Token, TokenKey, realm_is_trusted};
 
 /// Repetitions of a request, the first one aside.
 const MAX_RETRIES: u32 = 4;
@@ -51,22 +53,43 @@ impl Request {
 /// An answer whose body has not been read. It holds its place among the host's requests until it is dropped.
 pub(super) struct Response {
     pub(super) inner: reqwest::Response,
-    pub(super) permit: Option<OwnedSemaphorePermit>,
+    pub(super) permit: Permit,
 }
 
-/// What a request was authorised with.
-pub(super) enum Authorization {
+/// What a request is authorised with.
+pub(super) struct Authorization {
+    kind: AuthorizationKind,
+    /// Whose it is.
+    pub(super) identity: Identity,
+}
+
+enum AuthorizationKind {
     Nothing,
     Basic(SecretString),
     Token(Token),
 }
 
 impl Authorization {
+    /// What hosts get that are not the registry.
+    pub(super) fn nothing() -> Self {
+        Self { kind: AuthorizationKind::Nothing, identity: None }
+    }
+
+    fn basic(credential: &Credential) -> Self {
+        let identity = Some(credential.fingerprint().clone());
+        Self { kind: AuthorizationKind::Basic(credential.basic()), identity }
+    }
+
+    /// Whether it is not about to run out.
+    pub(super) fn is_fresh(&self) -> bool {
+        !matches!(&self.kind, AuthorizationKind::Token(token) if !token.is_fresh())
+    }
+
     pub(super) fn header(&self) -> Option<HeaderValue> {
-        let value = match self {
-            Self::Nothing => return None,
-            Self::Basic(value) => value.clone(),
-            Self::Token(token) => token.bearer(),
+        let value = match &self.kind {
+            AuthorizationKind::Nothing => return None,
+            AuthorizationKind::Basic(value) => value.clone(),
+            AuthorizationKind::Token(token) => token.bearer(),
         };
         let mut header = HeaderValue::from_str(value.expose_secret()).ok()?;
         header.set_sensitive(true);
@@ -120,9 +143,9 @@ impl Repository {
         let mut was_asked = false;
         // What is asked for beside the usual says nothing of the credential.
         let may_choose = request.scope.is_none();
-        let login = self.login();
+        let known = self.known();
         loop {
-            let first = login.first_contact().await;
+            let first = known.first_contact().await;
             let index = self.chosen().load(Ordering::Relaxed);
             let scope = request.scope.as_ref().unwrap_or_else(|| self.scope());
             let authorization = match self.authorization(index, refused.as_ref(), scope, &request.subject).await {
@@ -131,25 +154,30 @@ impl Repository {
                 Err(error) => return Err(error),
             };
             let answer = self.follow(request, &authorization).await;
-            login.contacted();
+            known.contacted();
             let response = answer?;
             let status = response.inner.status();
-            let learned = status == StatusCode::UNAUTHORIZED && login.learn(challenges_of(&response));
+            // What another host says that the registry sent us to is no matter of credentials: it gets none.
+            let is_ours = self.is_same_origin(response.inner.url());
+            let learned = is_ours && status == StatusCode::UNAUTHORIZED && known.learn(challenges_of(&response));
             drop(first);
             if status.is_success() {
                 return Ok(response);
             }
             let scope_refused = scope_was_refused(&response);
             let mut error = self.status_error(request, response).await;
+            if !is_ours {
+                return Err(error);
+            }
             if status == StatusCode::UNAUTHORIZED {
-                match authorization {
-                    Authorization::Token(token) if refused.is_none() => {
+                match authorization.kind {
+                    AuthorizationKind::Token(token) if refused.is_none() => {
                         refused = Some(token);
                         continue;
                     }
-                    Authorization::Basic(_) if learned => continue,
+                    AuthorizationKind::Basic(_) if learned => continue,
                     // What is asked for may have been learned by another request meanwhile.
-                    Authorization::Nothing if !was_asked => {
+                    AuthorizationKind::Nothing if !was_asked => {
                         was_asked = true;
                         continue;
                     }
@@ -172,13 +200,13 @@ impl Repository {
         }
     }
 
-    /// Sends one request and follows its redirects. Credentials stay with the first host.
+    /// Sends one request and follows its redirects. Credentials stay with the registry.
     async fn follow(&self, request: &Request, authorization: &Authorization) -> Result<Response, Error> {
         let mut url = request.url.clone();
         let mut redirects = 0;
         loop {
-            let same_origin = url.origin() == request.url.origin();
-            let authorization = if same_origin { authorization.header() } else { None };
+            let elsewhere = Authorization::nothing();
+            let authorization = if self.is_same_origin(&url) { authorization } else { &elsewhere };
             let response = self.dispatch(request, url.clone(), authorization).await?;
             if !response.inner.status().is_redirection() {
                 return Ok(response);
@@ -201,20 +229,15 @@ impl Repository {
         }
     }
 
-    async fn dispatch(
-        &self,
-        request: &Request,
-        url: Url,
-        authorization: Option<HeaderValue>,
-    ) -> Result<Response, Error> {
+    async fn dispatch(&self, request: &Request, url: Url, authorization: &Authorization) -> Result<Response, Error> {
         let host = host_of(&url);
         if let Err(denied) = self.client().networks().check_url(&url) {
             return Err(Error::new(ErrorKind::Denied(denied), request.step, &host, &request.subject));
         }
-        let permit = self.place(&host, request).await?;
+        let permit = self.place(&host, &authorization.identity, request).await?;
         let mut built = reqwest::Request::new(request.method.clone(), url);
         *built.headers_mut() = request.headers.clone();
-        if let Some(value) = authorization {
+        if let Some(value) = authorization.header() {
             built.headers_mut().insert(AUTHORIZATION, value);
         }
         let writes = request.method == Method::POST || request.method == Method::PUT;
@@ -230,25 +253,25 @@ impl Repository {
             Ok(Err(error)) => return Err(transport_error(error, request.step, &host, &request.subject)),
             Ok(Ok(inner)) => inner,
         };
-        self.respect_pause(&inner, &host);
+        self.note_answer(&inner, &permit);
         Ok(Response { inner, permit })
     }
 
     /// A place among the requests of a host that may be asked.
-    pub(super) async fn place(&self, host: &str, request: &Request) -> Result<Option<OwnedSemaphorePermit>, Error> {
-        let place = self.client().limits(host).request().await;
+    pub(super) async fn place(&self, host: &str, identity: &Identity, request: &Request) -> Result<Permit, Error> {
+        let place = self.client().limits(host).request(identity).await;
         place.map_err(|pause| Error::new(ErrorKind::Closed(pause), request.step, host, &request.subject))
     }
 
-    /// Closes the host for everybody in the process where it asks for that.
-    pub(super) fn respect_pause(&self, response: &reqwest::Response, host: &str) {
-        let status = response.status();
-        if status != StatusCode::TOO_MANY_REQUESTS && status != StatusCode::SERVICE_UNAVAILABLE {
-            return;
-        }
-        if let Some(pause) = retry_after(response.headers()) {
-            self.client().limits(host).close_for(pause);
-        }
+    /// Lets everybody in the process know how the host is doing.
+    pub(super) fn note_answer(&self, response: &reqwest::Response, permit: &Permit) {
+        let pause = header::retry_after(response.headers(), jiff::Timestamp::now());
+        let verdict = match response.status() {
+            StatusCode::TOO_MANY_REQUESTS => Verdict::TooMany(pause),
+            StatusCode::SERVICE_UNAVAILABLE => Verdict::Overloaded(pause),
+            _ => Verdict::Fine,
+        };
+        permit.answered(verdict, self.client().timing().rate_pause);
     }
 
     /// What to send with a request, by what the host is known to ask for.
@@ -259,7 +282,7 @@ impl Repository {
         scope: &Scope,
         subject: &str,
     ) -> Result<Authorization, Error> {
-        let challenges = self.login().challenges();
+        let challenges = self.known().challenges();
         let bearer = challenges.iter().find(|challenge| matches!(challenge, Challenge::Bearer { .. }));
         if let Some(Challenge::Bearer { realm, service, .. }) = bearer {
             let key = TokenKey {
@@ -267,14 +290,13 @@ impl Repository {
                 credential: self.credential(index).map(|credential| credential.fingerprint().clone()),
                 scope: scope.clone(),
             };
+            let identity = key.credential.clone();
             let fetch = || self.fetch_token(realm, service.as_deref(), index, scope, subject);
-            return self.client().tokens().get(key, refused, fetch).await.map(Authorization::Token);
+            let token = self.client().tokens().get(key, refused, fetch).await?;
+            return Ok(Authorization { kind: AuthorizationKind::Token(token), identity });
         }
         let basic = challenges.contains(&Challenge::Basic);
-        Ok(match self.credential(index).filter(|_| basic) {
-            Some(credential) => Authorization::Basic(credential.basic()),
-            None => Authorization::Nothing,
-        })
+        Ok(self.credential(index).filter(|_| basic).map_or_else(Authorization::nothing, |c| Authorization::basic(c)))
     }
 
     async fn fetch_token(
@@ -296,9 +318,9 @@ impl Repository {
         url.query_pairs_mut()
             .extend_pairs(service.map(|service| ("service", service)))
             .extend_pairs(scope.parameters().iter().map(|scope| ("scope", scope)));
-        let authorization = self.credential(index).map_or(Authorization::Nothing, |c| Authorization::Basic(c.basic()));
+        let authorization = self.credential(index).map_or_else(Authorization::nothing, |c| Authorization::basic(c));
         let request = Request::new(Step::Token, Method::GET, url.clone(), subject);
-        let response = self.dispatch(&request, url, authorization.header()).await?;
+        let response = self.dispatch(&request, url, &authorization).await?;
         if !response.inner.status().is_success() {
             let mut error = self.status_error(&request, response).await;
             if let ErrorKind::Status { credential, .. } = &mut error.kind {
@@ -314,7 +336,7 @@ impl Repository {
 
     pub(super) async fn status_error(&self, request: &Request, response: Response) -> Error {
         let status = response.inner.status();
-        let retry_after = retry_after(response.inner.headers());
+        let retry_after = header::retry_after(response.inner.headers(), jiff::Timestamp::now());
         let body = self.read_body(response, MAX_SMALL_BODY, request.step, &request.subject).await.unwrap_or_default();
         let (code, message) = parse_envelope(&body);
         self.error(ErrorKind::Status { status, code, message, retry_after, credential: None }, request)
@@ -383,17 +405,6 @@ pub(super) fn host_of(url: &Url) -> String {
     url.port().map_or_else(|| host.to_owned(), |port| format!("{host}:{port}"))
 }
 
-/// `Retry-After` in both its forms (RFC 9110, section 10.2.3).
-fn retry_after(headers: &HeaderMap) -> Option<Duration> {
-    let text = headers.get(RETRY_AFTER)?.to_str().ok()?.trim();
-    if let Ok(seconds) = text.parse() {
-        return Some(Duration::from_secs(seconds));
-    }
-    let at = jiff::fmt::rfc2822::parse(text).ok()?.timestamp();
-    let wait = at.duration_since(jiff::Timestamp::now());
-    Some(wait.try_into().unwrap_or(Duration::ZERO))
-}
-
 pub(super) fn transport_error(error: reqwest::Error, step: Step, host: &str, subject: &str) -> Error {
     if let Some(denied) = cause::<Denied>(&error) {
         return Error::new(ErrorKind::Denied(denied.clone()), step, host, subject);
@@ -428,19 +439,6 @@ fn cause<'a, T: std::error::Error + 'static>(error: &'a (dyn std::error::Error +
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn headers(value: &'static str) -> HeaderMap {
-        HeaderMap::from_iter([(RETRY_AFTER, HeaderValue::from_static(value))])
-    }
-
-    #[test]
-    fn retry_after_is_read_as_seconds_and_as_a_date() {
-        assert_eq!(retry_after(&headers("7")), Some(Duration::from_secs(7)));
-        assert_eq!(retry_after(&headers("Wed, 21 Oct 2015 07:28:00 GMT")), Some(Duration::ZERO));
-        let future = retry_after(&headers("Wed, 21 Oct 2099 07:28:00 GMT")).unwrap();
-        assert!(future > Duration::from_hours(24));
-        assert_eq!(retry_after(&headers("soon")), None);
-    }
 
     #[test]
     fn hosts_of_urls_carry_their_port() {

@@ -1,21 +1,25 @@
-//! Uploading a blob: one `POST` that is also the attempt to mount, one `PUT` with the bytes
-//! (distribution-spec, "Pushing a blob monolithically" and "Mounting a blob from another repository").
+//! Upload sessions: the `POST` that is also the attempt to mount, the requests that carry bytes, the look at what has
+//! arrived, and giving up (distribution-spec, "Pushing blobs" and "Mounting a blob from another repository").
 
-use std::{sync::atomic::Ordering, time::Duration};
+use std::{
+    sync::{Arc, Mutex, PoisonError, atomic::Ordering},
+    time::Duration,
+};
 
 use bytes::Bytes;
 use http::{
-    HeaderValue, Method, StatusCode,
-    header::{AUTHORIZATION, CONTENT_LENGTH, CONTENT_TYPE, LOCATION},
+    HeaderMap, HeaderValue, Method, StatusCode,
+    header::{AUTHORIZATION, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, LOCATION},
 };
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 use url::Url;
 
 use super::{
-    body::{BodyState, HoldBack},
+    body::{BodyState, FeedBody},
     error::{Error, ErrorKind, Step},
+    header,
     repository::Repository,
-    send::{Request, Response, host_of, transport_error},
+    send::{Authorization, Request, Response, host_of, transport_error},
 };
 use crate::{
     auth::Scope,
@@ -24,7 +28,7 @@ use crate::{
 
 /// Where at the same registry the blob may be already.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum MountFrom {
+pub(super) enum MountFrom {
     /// In the target repository itself: the registry then answers 201 instead of opening an upload.
     Itself,
     /// In another repository.
@@ -32,7 +36,7 @@ pub enum MountFrom {
 }
 
 /// What the `POST` came to.
-pub enum Started {
+pub(super) enum Started {
     /// The blob is there; nothing is to be sent.
     Present,
     /// The registry has taken the blob from the other repository; nothing is to be sent.
@@ -41,21 +45,67 @@ pub enum Started {
     Session(Upload),
 }
 
-/// An open upload session.
+/// An open upload session. Its location changes with every answer.
 #[derive(Clone)]
-pub struct Upload {
+pub(super) struct Upload {
     repository: Repository,
     digest: Digest,
-    location: Url,
+    location: Arc<Mutex<Url>>,
+    /// The least that a chunk may have, the last one aside.
+    pub(super) chunk_min: u64,
 }
 
 /// Which side of a streamed upload failed.
 #[derive(Debug)]
-pub enum StreamError {
+pub enum PutError {
     /// The body could not be produced: the source failed, or its bytes are not what was promised.
-    Body(Error),
+    Source(Error),
     /// The upload itself failed.
-    Upload(Error),
+    Target(Error),
+}
+
+/// Best effort, never waited for longer.
+const CANCEL_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// The uploads of a run that are open. What is dropped unfinished is cancelled by [`clean_up`](Self::clean_up).
+#[derive(Default)]
+pub struct Sessions {
+    abandoned: Mutex<Vec<Upload>>,
+}
+
+impl Sessions {
+    /// Cancels the uploads that were left open by copies that failed or were dropped.
+    pub async fn clean_up(&self) {
+        let abandoned = std::mem::take(&mut *self.abandoned.lock().unwrap_or_else(PoisonError::into_inner));
+        let cancels = futures::future::join_all(abandoned.iter().map(Upload::cancel));
+        // Never holds up the end of a run.
+        let _ = timeout(CANCEL_TIMEOUT, cancels).await;
+    }
+
+    pub(super) fn open(&self, upload: Upload) -> OpenSession<'_> {
+        OpenSession { sessions: self, upload: Some(upload) }
+    }
+}
+
+/// An open session at the target.
+pub(super) struct OpenSession<'a> {
+    sessions: &'a Sessions,
+    upload: Option<Upload>,
+}
+
+impl OpenSession<'_> {
+    /// The blob is committed, or the registry has forgotten the session.
+    pub(super) fn finish(mut self) {
+        self.upload = None;
+    }
+}
+
+impl Drop for OpenSession<'_> {
+    fn drop(&mut self) {
+        if let Some(upload) = self.upload.take() {
+            self.sessions.abandoned.lock().unwrap_or_else(PoisonError::into_inner).push(upload);
+        }
+    }
 }
 
 /// Whether the registry will not mount, rather than not now.
@@ -63,31 +113,38 @@ fn is_refused_mount(error: &Error) -> bool {
     error.status().is_some_and(|status| status.is_client_error() && !matches!(status.as_u16(), 408 | 429))
 }
 
-/// Best effort, never waited for longer.
-const CANCEL_TIMEOUT: Duration = Duration::from_secs(5);
-
 impl Repository {
-    /// Opens an upload, or finds that none is needed.
+    /// Opens an upload, or finds that none is needed. Without `mount` the registry always opens an upload, also for a
+    /// blob that it has.
     ///
-    /// Without `mount` the registry always opens an upload, also for a blob that it has.
-    ///
-    /// A mount from another repository that is refused is not tried again at this registry: the upload then starts as
-    /// if none had been named.
-    pub async fn start_upload(&self, digest: &Digest, mount: Option<&MountFrom>) -> Result<Started, Error> {
+    /// A mount that is refused is not tried again at this registry: the upload then starts as if none had been named.
+    pub(super) async fn start_upload(&self, digest: &Digest, mount: Option<&MountFrom>) -> Result<Started, Error> {
+        let known = self.known();
         if let Some(MountFrom::Other(from)) = mount
-            && !self.login().refuses_mounts()
+            && known.mounts()
         {
             let mut request = self.upload_request(digest, Some(from))?;
             request.scope = Some(Scope::Mount(self.name().clone(), from.clone()));
             match self.start(&request, digest, true).await {
                 Err(error) if is_refused_mount(&error) => {
                     tracing::debug!(%error, "mounts are not tried again at this registry");
-                    self.login().mounts_refused();
+                    known.mounts_refused();
                 }
                 result => return result,
             }
         }
-        let request = self.upload_request(digest, mount.map(|_| self.name()))?;
+        if mount.is_some() && known.self_mounts() {
+            let request = self.upload_request(digest, Some(self.name()))?;
+            match self.start(&request, digest, false).await {
+                // What credentials do not allow is no matter of the form.
+                Err(error) if is_refused_mount(&error) && !matches!(error.status_code(), 401 | 403 | 404) => {
+                    tracing::debug!(%error, "uploads are opened without the attempt to mount at this registry");
+                    known.self_mounts_useless();
+                }
+                result => return result,
+            }
+        }
+        let request = self.upload_request(digest, None)?;
         self.start(&request, digest, false).await
     }
 
@@ -104,50 +161,94 @@ impl Repository {
         if response.inner.status() == StatusCode::CREATED {
             return Ok(if is_mount { Started::Mounted } else { Started::Present });
         }
-        let location = self.location(request, &response)?;
-        Ok(Started::Session(Upload { repository: self.clone(), digest: digest.clone(), location }))
+        let location = self
+            .location(request, &response)?
+            .ok_or_else(|| self.error(ErrorKind::Malformed("no valid Location".into()), request))?;
+        Ok(Started::Session(Upload {
+            repository: self.clone(),
+            digest: digest.clone(),
+            location: Arc::new(Mutex::new(location)),
+            chunk_min: header::chunk_min_length(response.inner.headers()).unwrap_or(0),
+        }))
     }
 
-    /// The session's URL. Credentials and bytes go nowhere but to the registry itself (CVE-2026-50151).
-    fn location(&self, request: &Request, response: &Response) -> Result<Url, Error> {
+    /// The session's URL, where the answer names one. It is at the registry itself, or at a host that the administrator
+    /// allows: nothing else gets bytes (CVE-2026-50151).
+    fn location(&self, request: &Request, response: &Response) -> Result<Option<Url>, Error> {
         let header = response.inner.headers().get(LOCATION).and_then(|value| value.to_str().ok());
-        let location = header
-            .and_then(|header| response.inner.url().join(header).ok())
-            .ok_or_else(|| self.error(ErrorKind::Malformed("no valid Location".into()), request))?;
-        if location.origin() != request.url.origin() {
-            return Err(self.error(ErrorKind::LocationRefused(host_of(&location)), request));
+        let Some(location) = header.and_then(|header| response.inner.url().join(header).ok()) else { return Ok(None) };
+        if self.is_same_origin(&location) {
+            return Ok(Some(location));
         }
-        Ok(location)
+        let host = host_of(&location);
+        let is_allowed = location.scheme() == "https"
+            && self.client().upload_hosts(self.host()).iter().any(|allowed| allowed.as_str() == host);
+        if is_allowed {
+            return Ok(Some(location));
+        }
+        Err(self.error(ErrorKind::LocationRefused(host), request))
     }
 }
 
 impl Upload {
-    /// Sends bytes that are in memory and have been verified. They are sent once, as a body that broke off may be in
-    /// the session already: after a failure the outcome is unknown, and the caller looks.
-    pub async fn put_bytes(&self, bytes: Bytes) -> Result<(), Error> {
-        let mut request = self.request();
-        request.headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/octet-stream"));
+    /// Sends bytes that are in memory and have been verified, and commits them. They are sent once, as a body that broke
+    /// off may be in the session already: after a failure the outcome is unknown, and the caller looks.
+    pub(super) async fn put_bytes(&self, bytes: Bytes) -> Result<(), Error> {
+        let mut request = self.request(Method::PUT, true);
+        request.headers.insert(CONTENT_TYPE, OCTETS);
         request.body = bytes;
         self.repository.execute_once(&request).await.map(|_| ())
     }
 
-    /// Streams a body. It is sent once: after a failure the outcome is unknown, and the caller looks.
-    pub async fn put_stream(&self, body: HoldBack) -> Result<(), StreamError> {
-        let state = body.state();
-        let result = self.send_stream(body, &state).await;
-        result.map_err(|error| state.take_failure().map_or(StreamError::Upload(error), StreamError::Body))
+    /// Commits what has been sent. An answer that gets lost leaves the outcome unknown.
+    pub(super) async fn close(&self) -> Result<(), Error> {
+        self.put_bytes(Bytes::new()).await
     }
 
-    async fn send_stream(&self, body: HoldBack, state: &BodyState) -> Result<(), Error> {
-        let request = self.request();
+    /// Sends the body of this length and commits the blob with it. Never sent twice.
+    pub(super) async fn put(&self, body: FeedBody) -> Result<(), PutError> {
+        self.stream(self.request(Method::PUT, true), body).await.map(|_| ())
+    }
+
+    /// Sends the body as the bytes from `offset` on, of which this is a chunk or all there are.
+    pub(super) async fn patch(&self, body: FeedBody, offset: u64, is_chunk: bool) -> Result<(), PutError> {
+        let mut request = self.request(Method::PATCH, false);
+        let end = offset + http_body::Body::size_hint(&body).lower();
+        if is_chunk || offset > 0 {
+            let range = HeaderValue::from_str(&format!("{offset}-{}", end.saturating_sub(1)));
+            request.headers.insert(CONTENT_RANGE, range.unwrap_or(HeaderValue::from_static("")));
+        }
+        let headers = self.stream(request.clone(), body).await?;
+        match header::stored_bytes(&headers) {
+            // A part of it got lost: it goes on there, or begins anew.
+            Some(stored) if stored != end => {
+                Err(PutError::Target(self.repository.error(ErrorKind::Interrupted, &request)))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    async fn stream(&self, request: Request, body: FeedBody) -> Result<HeaderMap, PutError> {
+        let state = body.state();
+        let result = self.send_stream(request, body, &state).await;
+        result.map_err(|error| state.take_failure().map_or(PutError::Target(error), PutError::Source))
+    }
+
+    async fn send_stream(&self, request: Request, body: FeedBody, state: &BodyState) -> Result<HeaderMap, Error> {
         let repository = &self.repository;
-        let index = repository.chosen().load(Ordering::Relaxed);
-        let authorization = repository.authorization(index, None, repository.scope(), &request.subject).await?;
         let host = host_of(&request.url);
-        let permit = repository.place(&host, &request).await?;
-        let mut built = reqwest::Request::new(Method::PUT, request.url.clone());
+        let (authorization, permit) = loop {
+            let authorization = self.authorization(&request).await?;
+            let permit = repository.place(&host, &authorization.identity, &request).await?;
+            // Waiting for a place may have taken longer than the token lives.
+            if authorization.is_fresh() {
+                break (authorization, permit);
+            }
+        };
+        let mut built = reqwest::Request::new(request.method.clone(), request.url.clone());
         let headers = built.headers_mut();
-        headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/octet-stream"));
+        headers.extend(request.headers.clone());
+        headers.insert(CONTENT_TYPE, OCTETS);
         headers.insert(CONTENT_LENGTH, HeaderValue::from(http_body::Body::size_hint(&body).lower()));
         if let Some(value) = authorization.header() {
             headers.insert(AUTHORIZATION, value);
@@ -157,15 +258,27 @@ impl Upload {
         let answer = tokio::select! {
             answer = repository.http().execute(built) => answer,
             () = self.stalled(state) => {
-                return Err(Error::new(ErrorKind::TimedOut, Step::PutBlob, &host, &request.subject));
+                return Err(Error::new(ErrorKind::TimedOut, request.step, &host, &request.subject));
             }
         };
-        let inner = answer.map_err(|error| transport_error(error, Step::PutBlob, &host, &request.subject))?;
-        repository.respect_pause(&inner, &host);
-        if inner.status().is_success() {
-            return Ok(());
+        let inner = answer.map_err(|error| transport_error(error, request.step, &host, &request.subject))?;
+        repository.note_answer(&inner, &permit);
+        let response = Response { inner, permit };
+        if !response.inner.status().is_success() {
+            return Err(repository.status_error(&request, response).await);
         }
-        Err(repository.status_error(&request, Response { inner, permit }).await)
+        self.moved(&request, &response)?;
+        Ok(response.inner.headers().clone())
+    }
+
+    /// What to send with bytes: to the registry what it asks for, to other hosts nothing.
+    async fn authorization(&self, request: &Request) -> Result<Authorization, Error> {
+        let repository = &self.repository;
+        if !repository.is_same_origin(&request.url) {
+            return Ok(Authorization::nothing());
+        }
+        let index = repository.chosen().load(Ordering::Relaxed);
+        repository.authorization(index, None, repository.scope(), &request.subject).await
     }
 
     /// Ends when no byte has moved for too long, or the answer after the last one takes too long.
@@ -173,7 +286,7 @@ impl Upload {
         let timing = self.repository.client().timing();
         loop {
             if state.is_waiting_for_source() {
-                // Downloads have bounds of their own.
+                // Downloads have bounds of their own: look again when one of them is over.
                 sleep(timing.idle).await;
                 continue;
             }
@@ -186,31 +299,56 @@ impl Upload {
         }
     }
 
+    /// How many bytes the registry holds of this upload, and from now on its newest location. `None` where it does not
+    /// say, or knows nothing of it any more.
+    pub(super) async fn stored(&self) -> Option<u64> {
+        let mut request = self.request(Method::GET, false);
+        request.step = Step::UploadStatus;
+        let response = self.repository.execute_once(&request).await.ok()?;
+        self.moved(&request, &response).ok()?;
+        header::stored_bytes(response.inner.headers())
+    }
+
     /// Gives the session up. Best effort: the location is asked for again first, because once bytes have arrived
     /// registries know the session only by a newer one.
-    pub async fn cancel(&self) {
+    pub(super) async fn cancel(&self) {
         let cancel = async {
-            let status = Request::new(Step::CancelUpload, Method::GET, self.location.clone(), self.subject());
-            let location = match self.repository.execute(&status).await {
-                Ok(response) => self.repository.location(&status, &response).unwrap_or_else(|_| self.location.clone()),
+            let mut status = self.request(Method::GET, false);
+            status.step = Step::CancelUpload;
+            match self.repository.execute_once(&status).await {
+                Ok(response) => self.moved(&status, &response).unwrap_or_default(),
                 Err(error) if error.is_not_found() => return,
-                Err(_) => self.location.clone(),
-            };
-            let delete = Request::new(Step::CancelUpload, Method::DELETE, location, self.subject());
-            if let Err(error) = self.repository.execute(&delete).await {
+                Err(_) => {}
+            }
+            let mut delete = self.request(Method::DELETE, false);
+            delete.step = Step::CancelUpload;
+            if let Err(error) = self.repository.execute_once(&delete).await {
                 tracing::debug!(%error, "an upload session was left to expire");
             }
         };
         let _ = timeout(CANCEL_TIMEOUT, cancel).await;
     }
 
-    fn request(&self) -> Request {
-        let mut url = self.location.clone();
-        url.query_pairs_mut().append_pair("digest", &self.digest.to_string());
-        Request::new(Step::PutBlob, Method::PUT, url, self.subject())
+    /// Takes over the location that an answer names.
+    fn moved(&self, request: &Request, response: &Response) -> Result<(), Error> {
+        // The location of a committed blob is the blob's own.
+        if response.inner.status() == StatusCode::CREATED && request.method == Method::PUT {
+            return Ok(());
+        }
+        if let Some(location) = self.repository.location(request, response)? {
+            *self.location.lock().unwrap_or_else(PoisonError::into_inner) = location;
+        }
+        Ok(())
     }
 
-    fn subject(&self) -> String {
-        format!("{}@{}", self.repository.name(), self.digest)
+    fn request(&self, method: Method, commits: bool) -> Request {
+        let mut url = self.location.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        if commits {
+            url.query_pairs_mut().append_pair("digest", &self.digest.to_string());
+        }
+        let subject = format!("{}@{}", self.repository.name(), self.digest);
+        Request::new(Step::PutBlob, method, url, subject)
     }
 }
+
+const OCTETS: HeaderValue = HeaderValue::from_static("application/octet-stream");

@@ -14,12 +14,14 @@ use testenv::{
 struct Bench {
     env: &'static Env,
     prefix: String,
+    /// `spec.referrers.policy`.
+    referrers: &'static str,
 }
 
 impl Bench {
     fn new(test: &str) -> Self {
         let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
-        Self { env: Env::get(), prefix: format!("{test}-{:06x}", fastrand::u32(..0x100_0000)) }
+        Self { referrers: "All", env: Env::get(), prefix: format!("{test}-{:06x}", fastrand::u32(..0x100_0000)) }
     }
 
     fn repository(&self, name: &str) -> String {
@@ -51,6 +53,7 @@ impl Bench {
         let documents = [
             json!({"apiVersion": "imagemirror.dev/v1alpha1", "kind": "ImageMirror", "metadata": {"name": "m"}, "spec": {
                 "imagePullSecrets": [{"name": "pull"}], "registries": registries, "images": images,
+                "referrers": {"policy": self.referrers},
                 "target": {"registry": target.host, "secretRef": {"name": "push"}},
             }}),
             secret("pull", source),
@@ -101,7 +104,7 @@ impl Synced {
 
 #[tokio::test]
 async fn a_fresh_copy_an_update_and_a_no_op_take_the_fewest_requests() -> Result<()> {
-    let bench = Bench::new("requests");
+    let bench = Bench { referrers: "None", ..Bench::new("requests") };
     let source = Proxy::to(bench.env, &bench.env.source).label("source").start().await?;
     let target = Proxy::to(bench.env, &bench.env.target).label("target").start().await?;
     // Two platforms of three layers each, one of them large: 2 manifests, 8 blobs.

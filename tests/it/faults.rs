@@ -9,9 +9,9 @@ use anyhow::{Context as _, Result, ensure};
 use futures::{StreamExt as _, stream};
 use imagemirror::{
     auth::CredentialStore,
-    copy::{Fence, Progress},
+    copy::{CopyOptions, Fence, Progress},
     registry::{Access, Client, ClientOptions, Timing, Transport},
-    sync::{ImageRequest, Registries, SyncReport, SyncRequest, sync},
+    sync::{Destination, ImageRequest, Registries, Sources, SyncReport, SyncRequest, sync},
 };
 use testenv::{
     Env, Registry,
@@ -36,6 +36,7 @@ pub(crate) fn client() -> Client {
         answer: Duration::from_secs(2),
         backoff_first: Duration::from_millis(5),
         backoff_max: Duration::from_millis(20),
+        rate_pause: Duration::from_millis(20),
         ..Timing::default()
     };
     Client::new(ClientOptions { timing, ..ClientOptions::default() })
@@ -54,11 +55,20 @@ pub(crate) async fn copy(
         source: format!("{}/{repository}:1", source.host).parse::<imagemirror::oci::Reference>()?.into(),
         target_repository: to.parse()?,
         target_tag: "1".parse()?,
+        platforms: Vec::new(),
         last: None,
         blocked: None,
     };
-    let request = SyncRequest { images: vec![image], timeout: Duration::from_mins(1) };
-    let registries = Registries { sources: [(from.host.clone(), from)].into(), target: into };
+    let request = SyncRequest {
+        images: vec![image],
+        timeout: Duration::from_mins(1),
+        options: CopyOptions::default(),
+        looks_at_attached: true,
+    };
+    let registries = Registries {
+        sources: Sources::Registries([(from.host.clone(), from)].into()),
+        target: Destination::Registry(into),
+    };
     let cancel = CancellationToken::new();
     let report = sync(&client(), &request, &registries, Fence::Open, Arc::new(Progress::default()), &cancel).await;
     report.context("cancelled")

@@ -1,7 +1,7 @@
 //! The status after each kind of event, and the rules by which waiting tools read it.
 
 use super::{super::runner::Times, *};
-use crate::{api::v1alpha1::ImageMirror, copy::Totals, plan::Action};
+use crate::{api::v1alpha1::ImageMirror, copy::Totals, oci::Digest, plan::Action};
 
 fn mirror(images: usize, generation: i64) -> ValidatedMirror {
     let tags: Vec<String> = (0..images).map(|n| format!("'{n}'")).collect();
@@ -30,6 +30,7 @@ fn ended(mirror: &ValidatedMirror, failed: &[(usize, Reason)]) -> Ended {
             tag: image.source.tag.as_ref().unwrap().to_string(),
             target: mirror.target_of(image),
             digest: failure.is_none().then(|| Digest::sha256(b"x")),
+            source_digest: failure.is_none().then(|| Digest::sha256(b"x")),
             action: failure.is_none().then_some(Action::Copy),
             failure,
             is_news: true,
@@ -48,7 +49,7 @@ fn ended(mirror: &ValidatedMirror, failed: &[(usize, Reason)]) -> Ended {
         report,
         problems: Vec::new(),
         fingerprint: Digest::sha256(b""),
-        times: Times { all: NOW, authentication: NOW },
+        times: Times { all: NOW, authentication: NOW, attached: NOW },
     }
 }
 

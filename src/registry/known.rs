@@ -1,0 +1,131 @@
+//! What is known of one registry, shared by all its repositories: how it wants to be logged in to, and what it has
+//! turned out to do and not to do. Learned from its answers, kept as long as the process runs.
+
+use std::sync::{
+    Mutex, MutexGuard, PoisonError,
+    atomic::{AtomicBool, Ordering},
+};
+
+use tokio::sync::{Mutex as AsyncMutex, MutexGuard as AsyncMutexGuard};
+
+use super::quirks::{Quirks, UploadStrategy};
+use crate::auth::Challenge;
+
+/// What is known of one registry.
+pub(super) struct Known {
+    first: AsyncMutex<()>,
+    asked: Mutex<Option<Vec<Challenge>>>,
+    strategy: Mutex<UploadStrategy>,
+    /// Taking a blob from another repository works, or has not been refused.
+    mounts: AtomicBool,
+    /// Naming the target repository as the place to mount from tells whether it has the blob, or has not failed to.
+    self_mounts: AtomicBool,
+    /// An upload that broke can be continued, or has not turned out to be thrown away.
+    resumes: AtomicBool,
+    /// The referrers API is there, or is not; `None` as long as nobody has asked.
+    referrers: Mutex<Option<bool>>,
+}
+
+impl Known {
+    pub(super) fn new(quirks: &Quirks) -> Self {
+        Self {
+            first: AsyncMutex::default(),
+            asked: Mutex::default(),
+            strategy: Mutex::new(quirks.upload),
+            mounts: AtomicBool::new(quirks.mounts),
+            self_mounts: AtomicBool::new(quirks.mounts),
+            resumes: AtomicBool::new(quirks.resumes_uploads),
+            referrers: Mutex::new(quirks.referrers_api),
+        }
+    }
+
+    /// Lets one request go ahead where nothing is known yet, so that many at once cost one 401. `None`: go ahead all.
+    pub(super) async fn first_contact(&self) -> Option<AsyncMutexGuard<'_, ()>> {
+        if self.asked().is_some() {
+            return None;
+        }
+        let guard = self.first.lock().await;
+        if self.asked().is_some() { None } else { Some(guard) }
+    }
+
+    /// What the registry asks for.
+    pub(super) fn challenges(&self) -> Vec<Challenge> {
+        self.asked().clone().unwrap_or_default()
+    }
+
+    /// There has been an exchange, which may have ended before the registry asked for anything.
+    pub(super) fn contacted(&self) {
+        self.asked().get_or_insert_default();
+    }
+
+    /// The registry has asked for this. True if that is news.
+    pub(super) fn learn(&self, challenges: Vec<Challenge>) -> bool {
+        let mut asked = self.asked();
+        let is_news = !challenges.is_empty() && asked.as_ref() != Some(&challenges);
+        if is_news {
+            *asked = Some(challenges);
+        }
+        is_news
+    }
+
+    /// Whether a blob can be taken from another repository, as far as is known.
+    pub(super) fn mounts(&self) -> bool {
+        self.mounts.load(Ordering::Relaxed)
+    }
+
+    /// Mounting from another repository has been refused and is not tried again.
+    pub(super) fn mounts_refused(&self) {
+        self.mounts.store(false, Ordering::Relaxed);
+    }
+
+    /// Whether the request that opens an upload also tells that the blob is there.
+    pub(super) fn self_mounts(&self) -> bool {
+        self.self_mounts.load(Ordering::Relaxed)
+    }
+
+    /// It was there and the registry opened an upload all the same, or it refused the form of the request.
+    pub(super) fn self_mounts_useless(&self) {
+        self.self_mounts.store(false, Ordering::Relaxed);
+    }
+
+    /// How blobs are sent.
+    pub(super) fn strategy(&self) -> UploadStrategy {
+        *self.strategy.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The registry did not take a blob that was sent as `tried`. False if there is no other way to try.
+    pub(super) fn strategy_refused(&self, tried: UploadStrategy) -> bool {
+        let mut strategy = self.strategy.lock().unwrap_or_else(PoisonError::into_inner);
+        // Another blob may have taught it meanwhile.
+        if *strategy != tried {
+            return true;
+        }
+        let Some(next) = tried.after_refusal() else { return false };
+        *strategy = next;
+        true
+    }
+
+    /// Whether an upload that broke is worth asking about.
+    pub(super) fn resumes(&self) -> bool {
+        self.resumes.load(Ordering::Relaxed)
+    }
+
+    /// What had arrived of an upload was thrown away.
+    pub(super) fn does_not_resume(&self) {
+        self.resumes.store(false, Ordering::Relaxed);
+    }
+
+    /// Whether there is a referrers API; `None` if nobody has asked yet.
+    pub(super) fn referrers_api(&self) -> Option<bool> {
+        *self.referrers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// There is a referrers API, or there is none.
+    pub(super) fn learn_referrers_api(&self, exists: bool) {
+        *self.referrers.lock().unwrap_or_else(PoisonError::into_inner) = Some(exists);
+    }
+
+    fn asked(&self) -> MutexGuard<'_, Option<Vec<Challenge>>> {
+        self.asked.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,130 @@
+//! Lists that come in pages: the tags of a repository, and what is attached to a manifest
+//! (distribution-spec, "Listing tags" and "Listing referrers").
+
+use std::collections::HashSet;
+
+use http::{
+    HeaderValue, Method,
+    header::{ACCEPT, CONTENT_TYPE},
+};
+use serde::{Deserialize, de::DeserializeOwned};
+use url::Url;
+
+use super::{
+    error::{Error, ErrorKind, Step},
+    header,
+    repository::Repository,
+    send::Request,
+};
+use crate::oci::{Digest, RawDescriptor, RawIndex, Tag, media_type};
+
+/// A page is read this far.
+const MAX_PAGE: u64 = 4 << 20;
+/// More pages than any list has that ends.
+pub const MAX_PAGES: usize = 1000;
+/// What registries give at most at a time.
+const PAGE_SIZE: &str = "1000";
+
+/// The tags of a repository, as far as they were read.
+#[derive(Clone, Debug, Default)]
+pub struct TagList {
+    /// In the order of the registry.
+    pub tags: Vec<Tag>,
+    /// Whether these are all.
+    pub is_complete: bool,
+    /// How many were left out because they break the grammar of tags.
+    pub malformed: usize,
+}
+
+#[derive(Deserialize)]
+struct TagPage {
+    // Some registries write null for a repository without tags.
+    tags: Option<Vec<String>>,
+}
+
+impl Repository {
+    /// The tags, read from at most so many pages.
+    pub(super) async fn tags(&self, max_pages: usize) -> Result<TagList, Error> {
+        let mut url = self.url("tags/list")?;
+        url.query_pairs_mut().append_pair("n", PAGE_SIZE);
+        let request = Request::new(Step::ListTags, Method::GET, url, self.name().as_str());
+        let mut list = TagList::default();
+        let take = |page: TagPage| {
+            for tag in page.tags.unwrap_or_default() {
+                match tag.parse() {
+                    Ok(tag) => list.tags.push(tag),
+                    Err(_) => list.malformed += 1,
+                }
+            }
+        };
+        list.is_complete = self.pages(request, max_pages, take).await?;
+        Ok(list)
+    }
+
+    /// What is attached to a manifest by the referrers API; `None` if the registry has none.
+    pub(super) async fn referrers(&self, subject: &Digest) -> Result<Option<Vec<RawDescriptor>>, Error> {
+        let known = self.known();
+        if known.referrers_api() == Some(false) {
+            return Ok(None);
+        }
+        let url = self.url(&format!("referrers/{subject}"))?;
+        let what = format!("{}@{subject}", self.name());
+        let mut request = Request::new(Step::ListReferrers, Method::GET, url, what);
+        request.headers.insert(ACCEPT, HeaderValue::from_static(media_type::OCI_INDEX));
+        let mut found = Vec::new();
+        let mut malformed = None;
+        let take = |page: Box<serde_json::value::RawValue>| match RawIndex::parse(page.get().as_bytes()) {
+            Ok(index) => found.extend(index.manifests),
+            Err(error) => malformed = Some(error),
+        };
+        match self.pages(request.clone(), MAX_PAGES, take).await {
+            Ok(_) => {}
+            // Registries without the API answer what they answer for any path they do not know.
+            Err(error) if is_no_api(&error) && known.referrers_api().is_none() => {
+                tracing::debug!(%error, "there is no referrers API here");
+                known.learn_referrers_api(false);
+                return Ok(None);
+            }
+            Err(error) if error.is_not_found() => return Ok(Some(Vec::new())),
+            Err(error) => return Err(error),
+        }
+        if let Some(error) = malformed {
+            return Err(self.error(ErrorKind::Malformed("the list of referrers".into()), &request).caused_by(error));
+        }
+        known.learn_referrers_api(true);
+        Ok(Some(found))
+    }
+
+    /// Reads page after page, each at the registry itself. True if there are no more than were read.
+    async fn pages<T: DeserializeOwned>(
+        &self,
+        mut request: Request,
+        max_pages: usize,
+        mut take: impl FnMut(T),
+    ) -> Result<bool, Error> {
+        let mut seen: HashSet<Url> = HashSet::new();
+        loop {
+            let (headers, body) = self.fetch(&request, MAX_PAGE).await?;
+            let page = serde_json::from_slice(&body).map_err(|error| {
+                let found = headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or("no type");
+                self.error(ErrorKind::Malformed(format!("a page of {found}")), &request).caused_by(error)
+            })?;
+            take(page);
+            let next = header::next_page(&headers, &request.url)
+                .map_err(|host| self.error(ErrorKind::LinkRefused(host), &request))?;
+            seen.insert(request.url.clone());
+            let Some(next) = next else { return Ok(true) };
+            if seen.len() >= max_pages {
+                return Ok(false);
+            }
+            if seen.contains(&next) {
+                return Err(self.error(ErrorKind::Malformed("the pages of the list go in a circle".into()), &request));
+            }
+            request.url = next;
+        }
+    }
+}
+
+fn is_no_api(error: &Error) -> bool {
+    matches!(error.status_code(), 400..=407 | 410 | 501) || matches!(error.kind, ErrorKind::Malformed(_))
+}

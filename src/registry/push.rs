@@ -1,0 +1,259 @@
+//! Writing a blob: found present, mounted, or sent; and sent once, as far as the registry allows. An upload that breaks
+//! has an unknown outcome, so the target is looked at before anything is sent again, and a large blob goes on where the
+//! target says that it broke.
+
+use std::sync::{Arc, Mutex};
+
+use tokio::sync::OwnedSemaphorePermit;
+
+use super::{
+    backend::BlobOpener,
+    body::{Feed, FeedBody, Marks, Meter, SharedFeed, lock},
+    error::{Error, ErrorKind},
+    quirks::UploadStrategy,
+    repository::Repository,
+    upload::{MountFrom, PutError, Sessions, Started, Upload},
+};
+use crate::oci::Descriptor;
+
+/// Blobs up to this size are held in memory.
+const SMALL: u64 = 1 << 20;
+/// Sessions opened for one blob before it counts as failed.
+const MAX_SESSIONS: u32 = 4;
+/// Less than this is not worth another request.
+const WORTH_KEEPING: u64 = 1 << 20;
+
+/// How a blob got to the target.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stored {
+    /// The target had it.
+    Present,
+    /// The target took it from another of its repositories.
+    Mounted,
+    /// It was sent.
+    Copied,
+}
+
+/// What every blob of a run is sent with.
+pub struct PutOptions<'a> {
+    /// The uploads that are open.
+    pub sessions: &'a Sessions,
+    /// Counts the bytes that have moved.
+    pub meter: Arc<Meter>,
+    /// Send it also if the target says that it has it: it has denied having it since.
+    pub resend: bool,
+}
+
+impl Repository {
+    /// Brings a blob here. Its size must be known.
+    pub(super) async fn put_blob(&self, source: &BlobOpener, options: &PutOptions<'_>) -> Result<Stored, PutError> {
+        let blob = source.descriptor();
+        let mut push = Push { target: self, source, blob, options, marks: Marks::for_size(blob.size) };
+        let stored = push.run().await?;
+        options.meter.finish(blob.size);
+        self.holds(blob);
+        Ok(stored)
+    }
+}
+
+struct Push<'a> {
+    target: &'a Repository,
+    source: &'a BlobOpener,
+    blob: &'a Descriptor,
+    options: &'a PutOptions<'a>,
+    marks: Marks,
+}
+
+impl Push<'_> {
+    async fn run(&mut self) -> Result<Stored, PutError> {
+        let mut sessions = 0;
+        let mut was_corrupt = false;
+        let mut broken: Option<(Upload, u64)> = None;
+        loop {
+            let (upload, from) = match broken.take() {
+                Some(broken) => broken,
+                None => match self.start().await.map_err(PutError::Target)? {
+                    Started::Present => return Ok(Stored::Present),
+                    Started::Mounted => return Ok(Stored::Mounted),
+                    Started::Session(upload) => {
+                        sessions += 1;
+                        (upload, 0)
+                    }
+                },
+            };
+            let session = self.options.sessions.open(upload.clone());
+            let strategy = self.target.known().strategy();
+            let error = match self.send(&upload, from, strategy).await {
+                Ok(()) => {
+                    session.finish();
+                    return Ok(Stored::Copied);
+                }
+                Err(error) => error,
+            };
+            let digest = &self.blob.digest;
+            if is_outcome_unknown(&error) && self.target.has_blob(digest).await.unwrap_or(false) {
+                session.finish();
+                return Ok(Stored::Copied);
+            }
+            if let Some(stored) = self.stored(&upload, &error, from).await {
+                tracing::debug!(error = %error.inner(), %digest, stored, "continuing an upload");
+                session.finish();
+                broken = Some((upload, stored));
+                continue;
+            }
+            let is_too_much = is_too_much(&error) && self.target.known().strategy_refused(strategy);
+            // Corrupt bytes may be one broken connection: once more, on a new one.
+            let corrupt_once = is_corrupt(&error, from) && !std::mem::replace(&mut was_corrupt, true);
+            if is_too_much {
+                sessions -= 1;
+            } else if sessions == MAX_SESSIONS || !(corrupt_once || is_worth_another_session(&error)) {
+                return Err(error);
+            }
+            tracing::debug!(error = %error.inner(), %digest, "sending a blob again");
+            upload.cancel().await;
+            session.finish();
+            self.target.back_off(sessions).await;
+        }
+    }
+
+    async fn start(&self) -> Result<Started, Error> {
+        let digest = &self.blob.digest;
+        let mount = (!self.options.resend).then(|| self.target.mount_for(self.blob));
+        let known = self.target.known();
+        if mount == Some(MountFrom::Itself) && !known.self_mounts() && self.target.has_blob(digest).await? {
+            return Ok(Started::Present);
+        }
+        let started = self.target.start_upload(digest, mount.as_ref()).await?;
+        if matches!(started, Started::Session(_)) && mount.is_some() && self.target.is_holder(self.blob) {
+            // It was brought here by this process, and the registry did not say so.
+            known.self_mounts_useless();
+        }
+        Ok(started)
+    }
+
+    async fn send(&mut self, upload: &Upload, from: u64, strategy: UploadStrategy) -> Result<(), PutError> {
+        if self.blob.size <= SMALL {
+            return self.send_small(upload).await;
+        }
+        let _streams = stream_permits(self.source, self.target).await;
+        let beginning = Feed::beginning(self.blob, &self.marks, from);
+        let stream = self.source.open(beginning.0).await.map_err(PutError::Source)?;
+        let marks = std::mem::take(&mut self.marks);
+        let mut feed = Feed::new(self.source, beginning, stream, marks, Arc::clone(&self.options.meter));
+        feed.skip_to(from).await.map_err(PutError::Source)?;
+        let feed = Arc::new(Mutex::new(feed));
+        let result = send_large(upload, &feed, from, self.blob.size, strategy).await;
+        self.marks = lock(&feed).take_marks();
+        result
+    }
+
+    async fn send_small(&self, upload: &Upload) -> Result<(), PutError> {
+        let _room = self.target.client().room_for_small(self.blob.size).await;
+        let bytes = self.source.read().await.map_err(PutError::Source)?;
+        upload.put_bytes(bytes).await.map_err(PutError::Target)
+    }
+
+    /// How much of a broken upload is at the target and can be built upon.
+    async fn stored(&self, upload: &Upload, error: &PutError, from: u64) -> Option<u64> {
+        let known = self.target.known();
+        if self.blob.size < Marks::WORTH_RESUMING || !known.resumes() || !leaves_a_session(error) {
+            return None;
+        }
+        let stored = upload.stored().await;
+        // What does not get further would not end.
+        let stored = stored.filter(|stored| (from + WORTH_KEEPING..=self.blob.size).contains(stored));
+        let sent = self.marks.last();
+        if stored.is_none() && matches!(error, PutError::Target(_)) && sent > from + Marks::WORTH_RESUMING {
+            known.does_not_resume();
+        }
+        stored
+    }
+}
+
+async fn send_large(
+    upload: &Upload,
+    feed: &SharedFeed,
+    from: u64,
+    size: u64,
+    strategy: UploadStrategy,
+) -> Result<(), PutError> {
+    match strategy {
+        UploadStrategy::Put => return upload.put(FeedBody::new(feed, size - from)).await,
+        UploadStrategy::Patch if from < size => upload.patch(FeedBody::new(feed, size - from), from, false).await?,
+        UploadStrategy::Patch => {}
+        UploadStrategy::Chunks(len) => {
+            let len = len.max(upload.chunk_min);
+            let mut offset = from;
+            while offset < size {
+                let next = len.min(size - offset);
+                upload.patch(FeedBody::new(feed, next), offset, true).await?;
+                offset += next;
+            }
+        }
+    }
+    upload.close().await.map_err(PutError::Target)
+}
+
+/// One permit for each distinct host, in the order of their names: two copies in opposite directions cannot block
+/// each other.
+async fn stream_permits(source: &BlobOpener, target: &Repository) -> Vec<Option<OwnedSemaphorePermit>> {
+    let mut hosts: Vec<String> = source.endpoint().into_iter().chain([target.endpoint()]).collect();
+    hosts.sort();
+    hosts.dedup();
+    let mut permits = Vec::new();
+    for host in hosts {
+        permits.push(target.client().limits(&host).stream().await);
+    }
+    permits
+}
+
+impl PutError {
+    /// What went wrong, whichever side it was.
+    #[must_use]
+    pub fn inner(&self) -> &Error {
+        match self {
+            Self::Source(error) | Self::Target(error) => error,
+        }
+    }
+}
+
+fn is_outcome_unknown(error: &PutError) -> bool {
+    let PutError::Target(error) = error else { return false };
+    matches!(error.kind, ErrorKind::Interrupted | ErrorKind::TimedOut) || error.is_lost_session()
+}
+
+/// Whether what was sent before this may be at the target still.
+fn leaves_a_session(error: &PutError) -> bool {
+    match error {
+        PutError::Source(error) => error.is_retryable(),
+        PutError::Target(error) => match &error.kind {
+            ErrorKind::Interrupted | ErrorKind::TimedOut => true,
+            ErrorKind::Status { status, code, .. } => {
+                status.is_server_error()
+                    || (matches!(status.as_u16(), 401 | 408 | 416 | 429)
+                        && code.as_deref() != Some("BLOB_UPLOAD_UNKNOWN"))
+            }
+            _ => false,
+        },
+    }
+}
+
+fn is_worth_another_session(error: &PutError) -> bool {
+    // A token may have run out while the body was sent: the next POST fetches a fresh one.
+    let refused = matches!(error, PutError::Target(error) if error.status_code() == 401);
+    refused || error.inner().is_retryable()
+}
+
+/// What the source sent is not what it promised, or what was put together of two halves is not.
+fn is_corrupt(error: &PutError, from: u64) -> bool {
+    match error {
+        PutError::Source(error) => matches!(error.kind, ErrorKind::Integrity(_)),
+        PutError::Target(error) => from > 0 && error.code() == Some("DIGEST_INVALID"),
+    }
+}
+
+/// Whether the registry does not take so much at once.
+fn is_too_much(error: &PutError) -> bool {
+    let PutError::Target(error) = error else { return false };
+    matches!(error.status_code(), 405 | 413 | 501)
+}

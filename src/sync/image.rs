@@ -1,0 +1,181 @@
+//! One image: what the target has, what is wanted, and what brings the two in step, in the fewest requests.
+
+use std::sync::Arc;
+
+use super::{
+    Failure, ImageRequest, SyncRequest,
+    handles::{Handles, TargetHandle},
+};
+use crate::{
+    copy::{CopyError, Referrers, Root, Run, copy, copy_attached},
+    oci::{Digest, RawManifest, Tag},
+    plan::{Action, plan},
+    reason::Reason,
+    registry::{Error, Side, Source},
+};
+
+/// What an image came to.
+pub(super) struct Outcome {
+    pub(super) digest: Digest,
+    pub(super) source_digest: Digest,
+    pub(super) action: Action,
+}
+
+/// What an image failed of, before it is put into words.
+pub(super) enum ImageError {
+    Setup(Arc<Error>, Side),
+    Copy(CopyError),
+    NotFound(String),
+    Unprepared,
+}
+
+impl From<CopyError> for ImageError {
+    fn from(error: CopyError) -> Self {
+        Self::Copy(error)
+    }
+}
+
+impl ImageError {
+    pub(super) fn into_failure(self) -> Failure {
+        match self {
+            Self::Setup(error, side) => Failure::new(error.reason(side), &error.to_string()),
+            Self::Copy(error) => Failure::new(error.reason(), &error.message()),
+            Self::NotFound(message) => Failure::new(Reason::SourceNotFound, &message),
+            Self::Unprepared => {
+                Failure::new(Reason::InternalError, "the source registry was not prepared for this run")
+            }
+        }
+    }
+}
+
+/// What the source has under the wanted name, read as far as it was needed.
+enum Wanted {
+    Digest(Digest),
+    Manifest(RawManifest),
+}
+
+impl Wanted {
+    fn digest(&self) -> &Digest {
+        match self {
+            Self::Digest(digest) => digest,
+            Self::Manifest(manifest) => &manifest.digest,
+        }
+    }
+
+    async fn manifest(self, source: &Source) -> Result<RawManifest, CopyError> {
+        match self {
+            Self::Digest(digest) => source.manifest(&digest.to_string()).await.map_err(CopyError::source),
+            Self::Manifest(manifest) => Ok(manifest),
+        }
+    }
+}
+
+pub(super) async fn sync_image(
+    run: &Run,
+    request: &SyncRequest,
+    image: &ImageRequest,
+    handles: &Handles<'_>,
+) -> Result<Outcome, ImageError> {
+    let source = handles.source(image).ok_or(ImageError::Unprepared)?;
+    let source = source.as_ref().map_err(|error| ImageError::Setup(Arc::clone(error), Side::Source))?;
+    let target = handles.target(image).ok_or(ImageError::Unprepared)?;
+    let target = target.as_ref().map_err(|error| ImageError::Setup(Arc::clone(error), Side::Target))?;
+    let (_, _, tag) = handles.destination().place_of(image);
+
+    let (present, wanted) = look(image, source, target, &tag).await?;
+    let source_digest = wanted.digest().clone();
+    // What the digest is with these platforms is known from the last time, or found by rewriting the index.
+    let known = match &image.last {
+        _ if image.platforms.is_empty() => Some(source_digest.clone()),
+        Some(last) if last.source_digest.as_ref() == Some(&source_digest) => Some(last.digest.clone()),
+        _ => None,
+    };
+    let mut wanted = Some(wanted);
+    let mut root = None;
+    let digest = match known {
+        Some(digest) => digest,
+        None => root.insert(read(wanted.take(), &source_digest, image, source).await?).manifest.digest.clone(),
+    };
+    let present = in_algorithm_of(&digest, present, target, &tag).await?;
+    let last = image.last.as_ref().map(|last| &last.digest);
+    let action = plan(&digest, present.as_ref(), last);
+    if action == Action::Unchanged {
+        let is_whole = digest == source_digest;
+        if is_whole && request.looks_at_attached && request.options.referrers != Referrers::None {
+            copy_attached(run, source, &target.repository, &digest, &request.options).await?;
+        }
+        return Ok(Outcome { digest, source_digest, action });
+    }
+    let root = match root {
+        Some(root) => root,
+        None => read(wanted.take(), &source_digest, image, source).await?,
+    };
+    copy(run, source, &target.repository, &root, &tag, &request.options).await?;
+    Ok(Outcome { digest: root.manifest.digest, source_digest, action })
+}
+
+/// What is copied: all of it, or some platforms.
+async fn read(
+    wanted: Option<Wanted>,
+    digest: &Digest,
+    image: &ImageRequest,
+    source: &Source,
+) -> Result<Root, CopyError> {
+    let manifest = wanted.unwrap_or_else(|| Wanted::Digest(digest.clone())).manifest(source).await?;
+    if image.platforms.is_empty() {
+        return Ok(Root::whole(manifest));
+    }
+    Root::subset(source, manifest, &image.platforms).await
+}
+
+/// What the target has and what is wanted, in the fewest requests: a pinned digest needs the target's HEAD alone; a
+/// tag that is expected to be there a HEAD on each side at once; one that is not there no HEAD at the source, because
+/// the GET that must follow gives the digest.
+async fn look(
+    image: &ImageRequest,
+    source: &Source,
+    target: &TargetHandle,
+    target_tag: &Tag,
+) -> Result<(Option<Digest>, Wanted), ImageError> {
+    if let Some(digest) = &image.source.digest {
+        let present = target.digest_of(target_tag).await.map_err(CopyError::target)?;
+        return Ok((present, Wanted::Digest(digest.clone())));
+    }
+    let tag = image.source.wanted();
+    let at_source = async {
+        let found = source.head(&tag).await.map_err(CopyError::source)?;
+        found.ok_or_else(|| {
+            let what = format!("{}:{tag} does not exist", source.place());
+            ImageError::NotFound(format!(
+                "{what}; check the name and the tag in spec.images; a copy at the target stays"
+            ))
+        })
+    };
+    if image.last.is_some() {
+        let at_target = async { target.repository.head(target_tag.as_str()).await.map_err(CopyError::target) };
+        let (present, wanted) = futures::future::join(at_target, at_source).await;
+        return Ok((present?, Wanted::Digest(wanted?)));
+    }
+    let present = target.digest_of(target_tag).await.map_err(CopyError::target)?;
+    if present.is_some() {
+        return Ok((present, Wanted::Digest(at_source.await?)));
+    }
+    Ok((None, Wanted::Manifest(source.manifest(&tag).await.map_err(CopyError::source)?)))
+}
+
+/// The digest that the target's tag has, in the algorithm of the wanted one. A registry names its own: it is then
+/// computed from the manifest.
+async fn in_algorithm_of(
+    wanted: &Digest,
+    present: Option<Digest>,
+    target: &TargetHandle,
+    tag: &Tag,
+) -> Result<Option<Digest>, CopyError> {
+    match present {
+        Some(present) if present.algorithm() != wanted.algorithm() => {
+            let manifest = target.repository.manifest(tag.as_str()).await.map_err(CopyError::target)?;
+            Ok(Some(Digest::of(wanted.algorithm(), &manifest.bytes)))
+        }
+        present => Ok(present),
+    }
+}

@@ -21,6 +21,7 @@ pub mod registry;
 pub mod supervisor;
 pub mod token;
 pub mod tools;
+pub mod trap;
 
 pub use client::Client;
 pub use env::Env;
@@ -29,3 +30,4 @@ pub use images::{Content, Image};
 pub use process::Process;
 pub use proxy::Proxy;
 pub use registry::{Registry, RegistryOptions, RegistryServer};
+pub use trap::Trap;

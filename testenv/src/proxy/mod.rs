@@ -7,6 +7,7 @@
 mod action;
 mod body;
 mod children;
+mod edit;
 mod forward;
 mod key;
 mod line;

@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test may fail")]
 
+mod forms;
 mod forwarder;
 mod lifecycle;
 mod proxy;

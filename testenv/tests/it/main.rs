@@ -8,6 +8,7 @@ mod lifecycle;
 mod proxy;
 mod registries;
 mod rewrites;
+mod tokens;
 mod trap;
 
 use std::time::Duration;

@@ -1,6 +1,6 @@
-//! Registries: CNCF distribution with the options that tests need, olareg (referrers API, rate limits) and crane's
-//! in-memory registry, an independent third implementation. [`Registry`] is what a client knows of one;
-//! [`RegistryServer`] is one that this process started.
+//! Registries: CNCF distribution with the options that tests need, its older version 2.8, olareg (referrers API, rate
+//! limits) and crane's in-memory registry, an independent third implementation. [`Registry`] is what a client knows of
+//! one; [`RegistryServer`] is one that this process started.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -74,7 +74,7 @@ impl Registry {
         json!({ "auths": { &self.host: { "auth": auth } } }).to_string()
     }
 
-    /// All requests the server has answered so far, oldest first. Only distribution writes them.
+    /// All requests the server has answered so far, oldest first. Only distribution writes them, old and new.
     pub fn access_log(&self) -> Result<Vec<Access>> {
         let text = std::fs::read_to_string(&self.log).with_context(|| format!("read {}", self.log.display()))?;
         Ok(text.lines().filter_map(parse_access).collect())
@@ -101,6 +101,8 @@ fn parse_access(line: &str) -> Option<Access> {
 pub enum Kind {
     #[default]
     Distribution,
+    /// Docker's registry 2.8: no referrers API and other errors. Not with [`Auth::Token`].
+    Distribution2,
     Olareg,
     /// Accepts manifests whose blobs are missing: no judge of integrity. Neither TLS nor authentication.
     Crane,
@@ -177,10 +179,14 @@ impl RegistryServer {
         // Distribution says which port it got; for the others it must be chosen.
         let mut port = None;
         match options.kind {
-            Kind::Distribution => {
+            Kind::Distribution | Kind::Distribution2 => {
+                let is_old = options.kind == Kind::Distribution2;
+                if is_old && matches!(options.auth, Auth::Token { .. }) {
+                    bail!("distribution 2.8 takes no key set for tokens");
+                }
                 let config = distribution_config(&dir, &options)?;
                 std::fs::write(dir.join("config.yml"), format!("{config:#}"))?;
-                command = Command::new(tools.path("registry"));
+                command = Command::new(tools.path(if is_old { "registry2" } else { "registry" }));
                 command.arg("serve").arg(dir.join("config.yml"));
                 // No variable of the caller's may change the configuration.
                 for (name, _) in std::env::vars_os() {

@@ -4,11 +4,13 @@
 //! [`Client::push`](crate::Client::push) takes every one of them, as a tag or, with [`Image::digest`], without one. What
 //! the registries say to each form is in `testenv/tests/it/forms.rs`.
 
+use anyhow::Result;
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 use serde_json::{Value, json};
 
-use crate::images::{Content, Image, OCI_INDEX, OCI_MANIFEST};
+use crate::gzip::gzip;
+use crate::images::{Content, Image, OCI_INDEX, OCI_MANIFEST, platform, tar_of};
 
 pub const ARTIFACT_MANIFEST: &str = "application/vnd.oci.artifact.manifest.v1+json";
 pub const SCHEMA_1: &str = "application/vnd.docker.distribution.manifest.v1+json";
@@ -18,6 +20,31 @@ const BLOB_SIZE: usize = 2000;
 
 /// Indexes.
 impl Image {
+    /// An OCI index of images whose layers are compressed archives, each of one random file of so many bytes: for whoever
+    /// unpacks them, such as [`crane_validate`](crate::witness::crane_validate).
+    pub fn archives(seed: u64, files: &[usize], platforms: &[&str]) -> Result<Self> {
+        let mut random = fastrand::Rng::with_seed(seed);
+        let mut children = Vec::new();
+        for text in platforms {
+            let (mut layers, mut diff_ids) = (Vec::new(), Vec::new());
+            for size in files {
+                let mut bytes = vec![0; *size];
+                random.fill(&mut bytes);
+                let archive = tar_of("file", &bytes)?;
+                layers.push(Content::new("application/vnd.oci.image.layer.v1.tar+gzip", gzip(&archive)));
+                diff_ids.push(Content::new("", archive).digest);
+            }
+            let platform = platform(text);
+            let rootfs = json!({ "config": {}, "rootfs": { "type": "layers", "diff_ids": diff_ids } });
+            let config = Content::new(CONFIG, merged(rootfs, &platform).to_string());
+            let descriptors: Vec<Value> = layers.iter().map(Content::descriptor).collect();
+            let fields = json!({ "config": config.descriptor(), "layers": descriptors });
+            let blobs = [config].into_iter().chain(layers).collect();
+            children.push((manifest(OCI_MANIFEST, &fields, blobs), json!({ "platform": platform })));
+        }
+        Ok(Self::index_of(&children.iter().map(|(image, fields)| (image, fields.clone())).collect::<Vec<_>>()))
+    }
+
     /// An OCI index that lists the roots of `children`, each descriptor with these further fields (`{}` for none). With
     /// indexes as children it is a nested index; without children an empty one.
     #[must_use]
@@ -181,14 +208,14 @@ impl Image {
     #[must_use]
     pub fn sha512(seed: u64, platforms: &[&str]) -> Self {
         let mut children = Vec::new();
-        for (number, platform) in platforms.iter().enumerate() {
+        for (number, text) in platforms.iter().enumerate() {
             let image = Self::single(seed.wrapping_add(number as u64), &[BLOB_SIZE]);
             let blobs: Vec<Content> = image.blobs.iter().map(Content::with_sha512).collect();
             let layers: Vec<Value> = blobs.iter().skip(1).map(Content::descriptor).collect();
             let config = blobs.first().map(Content::descriptor);
             let mut image = manifest(OCI_MANIFEST, &json!({ "config": config, "layers": layers }), blobs);
             image.root = image.root.with_sha512();
-            children.push((image, json!({ "platform": crate::images::platform(platform) })));
+            children.push((image, json!({ "platform": platform(text) })));
         }
         Self::index_of(&children.iter().map(|(image, fields)| (image, fields.clone())).collect::<Vec<_>>())
     }

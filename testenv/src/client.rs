@@ -127,6 +127,12 @@ impl Client {
         Ok(list.tags.unwrap_or_default())
     }
 
+    /// The bearer token for reading `repository`; none if the registry wants none.
+    pub(crate) async fn token_for(&self, repository: &str) -> Result<Option<String>> {
+        self.tags(repository).await?;
+        Ok(self.tokens.lock().unwrap_or_else(PoisonError::into_inner).get(repository).cloned())
+    }
+
     /// Deletes a tag, or what a digest names.
     pub async fn delete(&self, repository: &str, reference: &str) -> Result<()> {
         let path = format!("manifests/{reference}");

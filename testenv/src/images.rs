@@ -202,7 +202,7 @@ fn assemble(form: &Form, parts: Vec<Part>) -> Image {
 }
 
 /// A tar archive of one executable file. Times and owners are fixed, so that the digest is too.
-fn tar_of(path: &str, bytes: &[u8]) -> Result<Vec<u8>> {
+pub(crate) fn tar_of(path: &str, bytes: &[u8]) -> Result<Vec<u8>> {
     let mut header = tar::Header::new_ustar();
     header.set_size(bytes.len() as u64);
     header.set_mode(0o755);

@@ -14,6 +14,7 @@ pub mod demo;
 pub mod env;
 pub mod forwarder;
 pub mod guard;
+mod gzip;
 pub mod images;
 mod pace;
 pub mod process;
@@ -23,6 +24,7 @@ pub mod supervisor;
 pub mod token;
 pub mod tools;
 pub mod trap;
+pub mod witness;
 
 pub use client::Client;
 pub use env::Env;

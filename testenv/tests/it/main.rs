@@ -10,6 +10,7 @@ mod registries;
 mod rewrites;
 mod tokens;
 mod trap;
+mod witness;
 
 use std::time::Duration;
 

@@ -9,6 +9,7 @@ use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt};
 use http::{HeaderMap, Method, StatusCode, header};
 use reqwest::{RequestBuilder, Response, Url};
+use serde_json::Value;
 
 use crate::certs::http_client;
 use crate::env::Env;
@@ -33,14 +34,14 @@ impl Client {
         Ok(Self { http, registry: registry.clone(), tokens: Mutex::default() })
     }
 
-    /// Pushes blobs, then manifests, then the root, which gets `tag`.
-    pub async fn push(&self, repository: &str, tag: &str, image: &Image) -> Result<()> {
+    /// Pushes blobs, then manifests, then the root as `reference`: a tag, or its digest.
+    pub async fn push(&self, repository: &str, reference: &str, image: &Image) -> Result<()> {
         let uploads = image.blobs.iter().map(|blob| self.put_blob(repository, blob));
         futures::stream::iter(uploads).buffer_unordered(UPLOADS_AT_ONCE).try_collect::<()>().await?;
         for manifest in &image.manifests {
             self.put_manifest(repository, &manifest.digest, manifest).await?;
         }
-        self.put_manifest(repository, tag, &image.root).await
+        self.put_manifest(repository, reference, &image.root).await
     }
 
     pub async fn put_blob(&self, repository: &str, blob: &Content) -> Result<()> {
@@ -91,11 +92,10 @@ impl Client {
 
     /// Whether `reference` names exactly this image, and every manifest and blob of it is there byte by byte.
     pub async fn holds(&self, repository: &str, reference: &str, image: &Image) -> Result<bool> {
-        if self.manifest(repository, reference).await?.is_none_or(|root| root != image.root) {
-            return Ok(false);
-        }
-        for manifest in &image.manifests {
-            if self.manifest(repository, &manifest.digest).await?.is_none_or(|found| found != *manifest) {
+        let manifests = image.manifests.iter().map(|manifest| (manifest.digest.as_str(), manifest));
+        for (reference, manifest) in manifests.chain([(reference, &image.root)]) {
+            let is_it = |found: Content| found.media_type == manifest.media_type && found.bytes == manifest.bytes;
+            if !self.manifest(repository, reference).await?.is_some_and(is_it) {
                 return Ok(false);
             }
         }
@@ -105,6 +105,14 @@ impl Client {
             }
         }
         Ok(true)
+    }
+
+    /// The descriptors of what refers to `digest`, by the referrers API; none where there is no such API.
+    pub async fn referrers(&self, repository: &str, digest: &str) -> Result<Option<Vec<Value>>> {
+        let get = self.send(Method::GET, repository, &format!("referrers/{digest}"), |request| request).await?;
+        let Some(get) = found(get).await? else { return Ok(None) };
+        let index: Value = serde_json::from_slice(&get.bytes().await?)?;
+        Ok(Some(index["manifests"].as_array().context("no list of referrers")?.clone()))
     }
 
     /// The tags of a repository, empty if there is no such repository.
@@ -117,6 +125,12 @@ impl Client {
         let Some(get) = found(get).await? else { return Ok(Vec::new()) };
         let list: List = serde_json::from_slice(&get.bytes().await?)?;
         Ok(list.tags.unwrap_or_default())
+    }
+
+    /// The bearer token for reading `repository`; none if the registry wants none.
+    pub(crate) async fn token_for(&self, repository: &str) -> Result<Option<String>> {
+        self.tags(repository).await?;
+        Ok(self.tokens.lock().unwrap_or_else(PoisonError::into_inner).get(repository).cloned())
     }
 
     /// Deletes a tag, or what a digest names.
@@ -202,7 +216,7 @@ fn challenge(headers: &HeaderMap) -> Result<HashMap<String, String>> {
 }
 
 fn accept(request: RequestBuilder) -> RequestBuilder {
-    request.header(header::ACCEPT, [OCI_INDEX, OCI_MANIFEST, DOCKER_LIST, DOCKER_MANIFEST].join(", "))
+    request.header(header::ACCEPT, [OCI_INDEX, OCI_MANIFEST, DOCKER_LIST, DOCKER_MANIFEST, "*/*"].join(", "))
 }
 
 async fn found(response: Response) -> Result<Option<Response>> {

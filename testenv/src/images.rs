@@ -5,7 +5,7 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use bytes::Bytes;
 use serde_json::{Value, json};
-use sha2::{Digest, Sha256};
+use sha2::{Digest, Sha256, Sha512};
 
 pub const OCI_INDEX: &str = "application/vnd.oci.image.index.v1+json";
 pub const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
@@ -27,6 +27,12 @@ impl Content {
         Self { media_type: media_type.to_owned(), digest, bytes }
     }
 
+    /// The same under its sha512 digest.
+    #[must_use]
+    pub fn with_sha512(&self) -> Self {
+        Self { digest: format!("sha512:{}", hex(&Sha512::digest(&self.bytes))), ..self.clone() }
+    }
+
     #[must_use]
     pub fn descriptor(&self) -> Value {
         json!({ "mediaType": self.media_type, "digest": self.digest, "size": self.bytes.len() })
@@ -38,7 +44,7 @@ impl Content {
 pub struct Image {
     /// What the tag points to: an index, or a manifest.
     pub root: Content,
-    /// What an index points to, in its order; empty for a single manifest.
+    /// What an index points to, in its order and children first; empty for a single manifest.
     pub manifests: Vec<Content>,
     /// Configurations and layers, each once.
     pub blobs: Vec<Content>,
@@ -139,11 +145,7 @@ fn random(form: &Form, seed: u64, layers: &[usize], platforms: &[&str]) -> Image
 }
 
 fn part(form: &Form, platform: &str, layers: Vec<Content>, entry_point: Option<&str>) -> Part {
-    let mut names = platform.splitn(3, '/');
-    let mut platform = json!({ "os": names.next(), "architecture": names.next() });
-    if let Some(variant) = names.next() {
-        platform["variant"] = variant.into();
-    }
+    let platform = self::platform(platform);
     // Of layers that are not compressed, the digest is the diff id as well.
     let diff_ids: Vec<&str> = layers.iter().map(|layer| layer.digest.as_str()).collect();
     let mut config = json!({ "rootfs": { "type": "layers", "diff_ids": diff_ids }, "config": {} });
@@ -165,6 +167,16 @@ fn part(form: &Form, platform: &str, layers: Vec<Content>, entry_point: Option<&
     let manifest = Content::new(form.manifest, manifest.to_string());
     let blobs = [config].into_iter().chain(layers).collect();
     Part { platform, manifest, blobs }
+}
+
+/// `os/arch` or `os/arch/variant`.
+pub(crate) fn platform(text: &str) -> Value {
+    let mut names = text.splitn(3, '/');
+    let mut platform = json!({ "os": names.next(), "architecture": names.next() });
+    if let Some(variant) = names.next() {
+        platform["variant"] = variant.into();
+    }
+    platform
 }
 
 fn assemble(form: &Form, parts: Vec<Part>) -> Image {
@@ -190,7 +202,7 @@ fn assemble(form: &Form, parts: Vec<Part>) -> Image {
 }
 
 /// A tar archive of one executable file. Times and owners are fixed, so that the digest is too.
-fn tar_of(path: &str, bytes: &[u8]) -> Result<Vec<u8>> {
+pub(crate) fn tar_of(path: &str, bytes: &[u8]) -> Result<Vec<u8>> {
     let mut header = tar::Header::new_ustar();
     header.set_size(bytes.len() as u64);
     header.set_mode(0o755);

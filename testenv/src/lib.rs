@@ -6,6 +6,7 @@
 //! options, a proxy that breaks things, a slow line) it starts with the modules here; what is dropped is stopped, and
 //! the guard of the run kills what a killed test leaves behind.
 
+pub mod artifacts;
 pub mod certs;
 pub mod client;
 pub mod controlplane;
@@ -13,6 +14,7 @@ pub mod demo;
 pub mod env;
 pub mod forwarder;
 pub mod guard;
+mod gzip;
 pub mod images;
 mod pace;
 pub mod process;
@@ -21,6 +23,8 @@ pub mod registry;
 pub mod supervisor;
 pub mod token;
 pub mod tools;
+pub mod trap;
+pub mod witness;
 
 pub use client::Client;
 pub use env::Env;
@@ -29,3 +33,4 @@ pub use images::{Content, Image};
 pub use process::Process;
 pub use proxy::Proxy;
 pub use registry::{Registry, RegistryOptions, RegistryServer};
+pub use trap::Trap;

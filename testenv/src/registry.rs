@@ -1,6 +1,16 @@
-//! Registries: CNCF distribution with the options that tests need, olareg (referrers API, rate limits) and crane's
-//! in-memory registry, an independent third implementation. [`Registry`] is what a client knows of one;
-//! [`RegistryServer`] is one that this process started.
+//! Registries: CNCF distribution with the options that tests need, its older version 2.8, olareg (referrers API, rate
+//! limits) and crane's in-memory registry, an independent third implementation. [`Registry`] is what a client knows of
+//! one; [`RegistryServer`] is one that this process started.
+//!
+//! A test starts one of its own with `RegistryServer::start(env, RegistryOptions { kind, tls, .. }).await`, and it is gone
+//! when that is dropped:
+//!
+//! | [`Kind`] | TLS | [`Auth`] | storage | configured with |
+//! |---|---|---|---|---|
+//! | `Distribution` | yes | htpasswd, token | memory, disk | `extra`, merged into its configuration |
+//! | `Distribution2` | yes | htpasswd | memory, disk | `extra` |
+//! | `Olareg` | yes | htpasswd, opaque | memory, disk | `args`: `--rate-limit`, `--warning`, `--api-referrer=false` |
+//! | `Crane` | no | none | memory | |
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -74,7 +84,7 @@ impl Registry {
         json!({ "auths": { &self.host: { "auth": auth } } }).to_string()
     }
 
-    /// All requests the server has answered so far, oldest first. Only distribution writes them.
+    /// All requests the server has answered so far, oldest first. Only distribution writes them, old and new.
     pub fn access_log(&self) -> Result<Vec<Access>> {
         let text = std::fs::read_to_string(&self.log).with_context(|| format!("read {}", self.log.display()))?;
         Ok(text.lines().filter_map(parse_access).collect())
@@ -101,6 +111,8 @@ fn parse_access(line: &str) -> Option<Access> {
 pub enum Kind {
     #[default]
     Distribution,
+    /// Docker's registry 2.8: no referrers API and other errors. Not with [`Auth::Token`].
+    Distribution2,
     Olareg,
     /// Accepts manifests whose blobs are missing: no judge of integrity. Neither TLS nor authentication.
     Crane,
@@ -113,6 +125,8 @@ pub enum Auth {
     None,
     /// Names and passwords.
     Htpasswd(Vec<(String, String)>),
+    /// Names and passwords, at a token server of olareg's own whose tokens are opaque and grant by user, not by scope.
+    Opaque(Vec<(String, String)>),
     Token {
         realm: String,
         service: String,
@@ -130,7 +144,7 @@ pub struct RegistryOptions {
     pub kind: Kind,
     pub tls: bool,
     pub auth: Auth,
-    /// Storage in a fresh directory of the run instead of memory.
+    /// Storage in a fresh directory of the run instead of memory; not for crane.
     pub disk: bool,
     /// Merged into distribution's configuration, object by object.
     pub extra: Value,
@@ -177,10 +191,16 @@ impl RegistryServer {
         // Distribution says which port it got; for the others it must be chosen.
         let mut port = None;
         match options.kind {
-            Kind::Distribution => {
+            Kind::Distribution | Kind::Distribution2 => {
+                let is_old = options.kind == Kind::Distribution2;
+                match &options.auth {
+                    Auth::Token { .. } if is_old => bail!("distribution 2.8 takes no key set for tokens"),
+                    Auth::Opaque(_) => bail!("opaque tokens are olareg's"),
+                    _ => {}
+                }
                 let config = distribution_config(&dir, &options)?;
                 std::fs::write(dir.join("config.yml"), format!("{config:#}"))?;
-                command = Command::new(tools.path("registry"));
+                command = Command::new(tools.path(if is_old { "registry2" } else { "registry" }));
                 command.arg("serve").arg(dir.join("config.yml"));
                 // No variable of the caller's may change the configuration.
                 for (name, _) in std::env::vars_os() {
@@ -211,7 +231,7 @@ impl RegistryServer {
             None => process.until_ready(DEADLINE, async || listening_port(&log)).await?,
         };
         let (username, password) = match &options.auth {
-            Auth::Htpasswd(users) => users.first().cloned().unzip(),
+            Auth::Htpasswd(users) | Auth::Opaque(users) => users.first().cloned().unzip(),
             Auth::None | Auth::Token { .. } => (None, None),
         };
         let registry = Registry { host: format!("127.0.0.1:{port}"), tls: options.tls, username, password, log };
@@ -221,7 +241,7 @@ impl RegistryServer {
         Ok(Self { registry, process })
     }
 
-    /// With the first htpasswd user's credentials, if there are any.
+    /// With the first user's credentials, if there are any.
     #[must_use]
     pub fn registry(&self) -> &Registry {
         &self.registry
@@ -261,7 +281,7 @@ fn distribution_config(dir: &Path, options: &RegistryOptions) -> Result<Value> {
         merge(&mut config, &json!({ "http": { "tls": tls } }));
     }
     match &options.auth {
-        Auth::None => {}
+        Auth::None | Auth::Opaque(_) => {}
         Auth::Htpasswd(users) => {
             let path = htpasswd(dir, users)?;
             merge(&mut config, &json!({ "auth": { "htpasswd": { "realm": "testenv", "path": path } } }));
@@ -288,10 +308,34 @@ fn olareg_arguments(command: &mut Command, dir: &Path, options: &RegistryOptions
     if options.tls {
         command.arg("--tls-cert").arg(dir.join("tls.pem")).arg("--tls-key").arg(dir.join("tls.key"));
     }
-    match options.auth {
-        Auth::None => Ok(()),
-        Auth::Htpasswd(_) | Auth::Token { .. } => bail!("olareg's authentication is set with `args`"),
+    match &options.auth {
+        Auth::None => {}
+        Auth::Htpasswd(users) => {
+            command.arg("--auth-basic").arg(olareg_users(dir, users)?);
+        }
+        Auth::Opaque(users) => {
+            let scheme = if options.tls { "https" } else { "http" };
+            command.args(["--external-url", &format!("{scheme}://127.0.0.1:{port}")]);
+            command.arg("--auth-token-opaque").arg(olareg_users(dir, users)?);
+        }
+        Auth::Token { .. } => bail!("olareg takes no key set for tokens"),
     }
+    Ok(())
+}
+
+/// Everybody may do everything.
+fn olareg_users(dir: &Path, users: &[(String, String)]) -> Result<PathBuf> {
+    let mut entries = serde_json::Map::new();
+    for (name, password) in users {
+        entries.insert(name.clone(), json!({ "cred": bcrypt::hash(password, 4)? }));
+    }
+    let names: Vec<&String> = users.iter().map(|(name, _)| name).collect();
+    // The empty name is that of `/v2/`.
+    let acls = ["*", ""].map(|repository| json!({ "repo": repository, "members": names, "access": ["*"] }));
+    let config = json!({ "users": entries, "acls": acls });
+    let path = dir.join("users.yaml");
+    std::fs::write(&path, config.to_string())?;
+    Ok(path)
 }
 
 /// bcrypt at its lowest cost: distribution accepts nothing else, and checks it at every request.

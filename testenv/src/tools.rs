@@ -37,7 +37,7 @@ const fn program(name: &'static str, package: &'static str) -> Program {
     Program { name, package, built_as: name }
 }
 
-const MODULES: [Module; 3] = [
+const MODULES: [Module; 4] = [
     Module {
         name: "registries",
         programs: &[
@@ -47,6 +47,12 @@ const MODULES: [Module; 3] = [
         ],
         ldflags: "-s -w",
         takes: "1 minute",
+    },
+    Module {
+        name: "registry2",
+        programs: &[program("registry2", "imagemirror.dev/testenv/registry2")],
+        ldflags: "-s -w -X github.com/docker/distribution/version.Version=v2.8.3",
+        takes: "20 seconds",
     },
     Module {
         name: "cluster",
@@ -196,6 +202,10 @@ fn cache_of(module: &Module) -> Result<PathBuf> {
     let mut hash = Sha256::new();
     for file in ["go.mod", "go.sum"] {
         hash.update(std::fs::read(go.join(file)).with_context(|| format!("read {file} of {}", go.display()))?);
+    }
+    // A program of our own.
+    if let Ok(main) = std::fs::read(go.join("main.go")) {
+        hash.update(main);
     }
     Ok(cache()?.join(&crate::images::hex(&hash.finalize())[..16]))
 }

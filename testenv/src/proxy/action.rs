@@ -25,6 +25,8 @@ pub enum Action {
     Delay(Duration),
     /// Hold the request until the test opens the gate.
     Gate(Gate),
+    /// Read the whole body of the request and drop it. What follows in the list answers: the request does not go on.
+    DiscardRequestBody,
     /// Answer never. The connection stays until the client gives up.
     Stall,
     /// Answer this; the upstream does not see the request.
@@ -36,6 +38,24 @@ pub enum Action {
     /// Close the client's connection; the upstream does not see the request.
     CloseBefore(Close),
     // On the way to the upstream:
+    /// Replace or add a header of the request.
+    SetRequestHeader {
+        name: String,
+        value: String,
+    },
+    /// Without `Range`, a registry answers 200 instead of 206.
+    RemoveRequestHeader(String),
+    /// Without `mount`, a mount starts an upload session.
+    RemoveQuery(String),
+    /// Invert a bit of the byte at this offset of the request's body.
+    FlipRequestByte {
+        at: u64,
+    },
+    /// Read nothing more after so many bytes of the request's body are at the upstream; that the client goes away
+    /// then is not noticed either.
+    StallRequestBody {
+        after: u64,
+    },
     /// Close both connections when so many bytes of the request's body are at the upstream.
     CutRequestBody {
         after: u64,
@@ -46,7 +66,22 @@ pub enum Action {
     CloseAfterAnswer(Close),
     /// Hold the answer until the test opens the gate: the upstream has done its work, the client does not know.
     GateAnswer(Gate),
-    /// Replace or add a header of the answer.
+    /// Hold the answer so long.
+    DelayAnswer(Duration),
+    /// Say another status; headers and body stay.
+    SetStatus(u16),
+    /// Send this body instead. `Content-Length` says so, as with the next two; of a HEAD's answer only that changes.
+    ReplaceBody(Bytes),
+    /// Send this after the body.
+    AppendBody(Bytes),
+    /// End the body after so many bytes, as if there were no more.
+    TruncateBody {
+        after: u64,
+    },
+    /// Put this (`https://HOST:PORT`) before the path and query of the answer's `Location`.
+    MoveLocation(String),
+    /// Replace or add a header of the answer, after everything above. For a body that is shorter than its
+    /// `Content-Length`, cut it.
     SetHeader {
         name: String,
         value: String,
@@ -64,6 +99,11 @@ pub enum Action {
     /// Send nothing more after so many bytes of the answer's body.
     StallResponseBody {
         after: u64,
+    },
+    // Both ways:
+    /// Limit the bytes of the bodies per second, for this exchange alone, instead of the proxy's own limits.
+    Throttle {
+        bytes_per_second: u64,
     },
 }
 
@@ -95,6 +135,21 @@ impl Action {
     #[must_use]
     pub fn set_header(name: &str, value: &str) -> Self {
         Self::SetHeader { name: name.to_owned(), value: value.to_owned() }
+    }
+
+    #[must_use]
+    pub fn set_request_header(name: &str, value: &str) -> Self {
+        Self::SetRequestHeader { name: name.to_owned(), value: value.to_owned() }
+    }
+
+    #[must_use]
+    pub fn replace_body(bytes: impl Into<Bytes>) -> Self {
+        Self::ReplaceBody(bytes.into())
+    }
+
+    #[must_use]
+    pub fn append_body(bytes: impl Into<Bytes>) -> Self {
+        Self::AppendBody(bytes.into())
     }
 }
 

@@ -25,6 +25,8 @@ pub(super) enum Direction {
 pub(super) enum Stop {
     Cut(Close),
     Stall,
+    /// The body is over.
+    End,
 }
 
 /// A body with everything that happens to it.
@@ -70,6 +72,9 @@ impl State {
         if let Some((after, stop)) = &self.flow.stop
             && self.passed >= *after
         {
+            if matches!(stop, Stop::End) {
+                return None;
+            }
             self.flow.outgoing.flushed().await;
             if let Stop::Cut(close) = stop {
                 self.flow.outgoing.end(*close);

@@ -9,7 +9,7 @@ use bytes::Bytes;
 use http::uri::PathAndQuery;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, Uri, header};
 use http_body_util::{BodyExt, Full, Limited};
-use hyper::body::Incoming;
+use hyper::body::{Frame, Incoming};
 use hyper::client::conn::http1::SendRequest;
 use hyper_util::rt::TokioIo;
 use rustls::pki_types::ServerName;
@@ -22,9 +22,11 @@ use super::Shared;
 use super::action::{Action, Close};
 use super::body::{Body, Direction, Flow, Stop};
 use super::children;
+use super::edit;
 use super::key::{Key, Route};
 use super::line::{Control, Line};
 use super::log::{Done, Entry, Exchange};
+use crate::pace::Pace;
 
 const CONNECT_DEADLINE: Duration = Duration::from_secs(5);
 const ANSWER_DEADLINE: Duration = Duration::from_mins(2);
@@ -106,34 +108,40 @@ impl Connection {
         actions: &[Action],
         done: Done,
     ) -> Result<Response<Body>> {
-        if let Some(response) = self.before(actions, entry).await? {
-            return Ok(response);
-        }
         let (mut parts, body) = request.into_parts();
         let mut body: Body = body.boxed_unsync();
+        if let Some(response) = self.before(actions, entry, &mut body).await? {
+            return Ok(response);
+        }
         if let Some(repository) = manifest_put(&self.shared.label, &parts.method, &parts.uri) {
             let bytes = self.whole(body).await;
             self.check_children(&repository, &parts, &bytes).await;
             body = full(bytes);
         }
+        let is_head = parts.method == Method::HEAD;
         strip(&mut parts.headers);
         // The origin form: path and query alone. The client's Host stays, so that the upstream answers with our address.
         let path = parts.uri.path_and_query().cloned().unwrap_or_else(|| PathAndQuery::from_static("/"));
         parts.uri = Uri::from(path);
+        edit::request(&mut parts, actions);
 
         let mut upstream = self.upstream.lock().await;
         let connected = self.connected(&mut upstream).await?;
         let flow = Flow {
             direction: Direction::Up,
-            pace: Arc::clone(&self.shared.up),
+            pace: pace(actions, &self.shared.up),
             entry: entry.clone(),
             outgoing: Arc::clone(&connected.control),
             client: Arc::clone(&self.client),
             stop: actions.iter().find_map(|action| match action {
                 Action::CutRequestBody { after, close } => Some((*after, Stop::Cut(*close))),
+                Action::StallRequestBody { after } => Some((*after, Stop::Stall)),
                 _ => None,
             }),
-            flip: None,
+            flip: actions.iter().find_map(|action| match action {
+                Action::FlipRequestByte { at } => Some(*at),
+                _ => None,
+            }),
             done: None,
         };
         let sending = connected.sender.send_request(Request::from_parts(parts, flow.of(body)));
@@ -147,16 +155,16 @@ impl Connection {
             }
         };
         drop(upstream);
-        entry.change(|exchange| exchange.status = Some(response.status().as_u16()));
-        Ok(self.back(response, entry, actions, done).await)
+        Ok(self.back(response, is_head, entry, actions, done).await)
     }
 
     /// What comes before the upstream sees anything; an answer if there is one already.
-    async fn before(&self, actions: &[Action], entry: &Entry) -> Result<Option<Response<Body>>> {
+    async fn before(&self, actions: &[Action], entry: &Entry, body: &mut Body) -> Result<Option<Response<Body>>> {
         for action in actions {
             match action {
                 Action::Delay(duration) => tokio::time::sleep(*duration).await,
                 Action::Gate(gate) => gate.pass().await,
+                Action::DiscardRequestBody => self.discard(body, entry).await,
                 Action::Stall => return std::future::pending().await,
                 Action::CloseBefore(close) => return self.close(*close).await,
                 Action::Respond { status, headers, body } => {
@@ -180,42 +188,38 @@ impl Connection {
     async fn back(
         &self,
         response: Response<Incoming>,
+        is_head: bool,
         entry: &Entry,
         actions: &[Action],
         done: Done,
     ) -> Response<Body> {
+        let (mut parts, body) = response.into_parts();
+        edit::status(&mut parts, actions);
+        entry.change(|exchange| exchange.status = Some(parts.status.as_u16()));
         for action in actions {
             match action {
+                Action::DelayAnswer(duration) => tokio::time::sleep(*duration).await,
                 Action::GateAnswer(gate) => gate.pass().await,
                 Action::CloseAfterAnswer(close) => return self.close(*close).await,
                 _ => {}
             }
         }
-        let (mut parts, body) = response.into_parts();
         strip(&mut parts.headers);
         if let Some(location) = parts.headers.get(header::LOCATION).and_then(|location| self.rewritten(location)) {
             parts.headers.insert(header::LOCATION, location);
         }
-        for action in actions {
-            match action {
-                Action::SetHeader { name, value } => {
-                    if let (Ok(name), Ok(value)) = (HeaderName::try_from(name), HeaderValue::try_from(value)) {
-                        parts.headers.insert(name, value);
-                    }
-                }
-                Action::RemoveHeader(name) => drop(parts.headers.remove(name)),
-                _ => {}
-            }
-        }
+        let body = edit::body(&mut parts, body.boxed_unsync(), is_head, actions);
+        edit::headers(&mut parts, actions);
         let flow = Flow {
             direction: Direction::Down,
-            pace: Arc::clone(&self.shared.down),
+            pace: pace(actions, &self.shared.down),
             entry: entry.clone(),
             outgoing: Arc::clone(&self.client),
             client: Arc::clone(&self.client),
             stop: actions.iter().find_map(|action| match action {
                 Action::CutResponseBody { after, close } => Some((*after, Stop::Cut(*close))),
                 Action::StallResponseBody { after } => Some((*after, Stop::Stall)),
+                Action::TruncateBody { after } => Some((*after, Stop::End)),
                 _ => None,
             }),
             flip: actions.iter().find_map(|action| match action {
@@ -224,13 +228,23 @@ impl Connection {
             }),
             done: Some(done),
         };
-        Response::from_parts(parts, flow.of(body.boxed_unsync()))
+        Response::from_parts(parts, flow.of(body))
     }
 
     /// Ends the client's connection; whoever waits for this is dropped with it.
     async fn close<T>(&self, close: Close) -> T {
         self.client.end(close);
         std::future::pending().await
+    }
+
+    async fn discard(&self, body: &mut Body, entry: &Entry) {
+        while let Some(frame) = body.frame().await {
+            match frame.map(Frame::into_data) {
+                Ok(Ok(data)) => entry.change(|exchange| exchange.request_bytes += data.len() as u64),
+                Ok(Err(_trailers)) => {}
+                Err(_) => self.close(Close::Fin).await,
+            }
+        }
     }
 
     async fn whole(&self, body: Body) -> Bytes {
@@ -310,12 +324,20 @@ fn manifest_put(label: &str, method: &Method, uri: &Uri) -> Option<String> {
     (method == Method::PUT && key.route == Route::Manifest).then_some(key.repository).flatten()
 }
 
+fn pace(actions: &[Action], of_the_proxy: &Arc<Pace>) -> Arc<Pace> {
+    let own = actions.iter().find_map(|action| match action {
+        Action::Throttle { bytes_per_second } => Some(Arc::new(Pace::new(Some(*bytes_per_second)))),
+        _ => None,
+    });
+    own.unwrap_or_else(|| Arc::clone(of_the_proxy))
+}
+
 fn strip(headers: &mut HeaderMap) {
     for name in HOP_BY_HOP {
         headers.remove(name);
     }
 }
 
-fn full(bytes: impl Into<Bytes>) -> Body {
+pub(super) fn full(bytes: impl Into<Bytes>) -> Body {
     Full::new(bytes.into()).map_err(|never| match never {}).boxed_unsync()
 }

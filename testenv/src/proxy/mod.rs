@@ -7,6 +7,7 @@
 mod action;
 mod body;
 mod children;
+mod edit;
 mod forward;
 mod key;
 mod line;
@@ -35,6 +36,7 @@ use crate::certs::{client_config, http_client};
 use crate::env::Env;
 use crate::pace::Pace;
 use crate::registry::Registry;
+use crate::token::TokenEndpoint;
 
 const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(10);
 
@@ -117,6 +119,14 @@ impl Proxy {
         let host = env.apiserver.trim_start_matches("https://").to_owned();
         let server = Registry { host, tls: true, username: None, password: None, log: std::path::PathBuf::new() };
         Self::to(env, &server).label("apiserver")
+    }
+
+    /// In front of a token server; [`TokenEndpoint::at`] its URL is what the registry then says.
+    #[must_use]
+    pub fn to_tokens<'a>(env: &'a Env, tokens: &TokenEndpoint) -> ProxyBuilder<'a> {
+        let host = tokens.url.trim_start_matches("https://").trim_end_matches("/token").to_owned();
+        let server = Registry { host, tls: true, username: None, password: None, log: tokens.log.clone() };
+        Self::to(env, &server).label("token")
     }
 
     /// `127.0.0.1:PORT`

@@ -2,13 +2,22 @@
 
 #![allow(clippy::unwrap_used, reason = "a test may fail")]
 
+mod forms;
 mod forwarder;
 mod lifecycle;
 mod proxy;
 mod registries;
+mod rewrites;
+mod tokens;
+mod trap;
+mod witness;
 
-use testenv::proxy::{Exchange, Matcher, Route};
+use std::time::Duration;
+
+use testenv::proxy::{Exchange, Matcher, Proxy, Route};
 use testenv::{Client, Env, Image};
+
+const DEADLINE: Duration = Duration::from_secs(10);
 
 /// A repository that no other test uses.
 fn repository(test: &str) -> String {
@@ -30,4 +39,20 @@ fn blob_gets() -> Matcher {
 /// Whether an exchange of this method and route is over.
 fn is_done(log: &[Exchange], method: &str, route: Route) -> bool {
     log.iter().any(|exchange| exchange.done && exchange.key.method == method && exchange.key.route == route)
+}
+
+/// An image at the source, and a proxy in front of it.
+async fn source_with_image() -> (Proxy, String, Image) {
+    let env = Env::get();
+    let (repository, image) = (repository("proxy"), image());
+    client(&env.source).push(&repository, "latest", &image).await.unwrap();
+    let proxy = Proxy::to(env, &env.source).label("source").start().await.unwrap();
+    (proxy, repository, image)
+}
+
+/// A client that follows redirects and logs in nowhere by itself.
+fn raw() -> reqwest::Client {
+    let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
+    let authority = reqwest::Certificate::from_pem(Env::get().ca_pem.as_bytes()).unwrap();
+    reqwest::Client::builder().tls_certs_only([authority]).no_proxy().timeout(DEADLINE).build().unwrap()
 }

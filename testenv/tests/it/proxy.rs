@@ -5,18 +5,7 @@ use std::time::{Duration, Instant};
 use testenv::proxy::{Action, Close, Gate, Matcher, Proxy, Route};
 use testenv::{Env, Image};
 
-use crate::{blob_gets, client, image, is_done, repository};
-
-const DEADLINE: Duration = Duration::from_secs(10);
-
-/// An image at the source, and a proxy in front of it.
-async fn source_with_image() -> (Proxy, String, Image) {
-    let env = Env::get();
-    let (repository, image) = (repository("proxy"), image());
-    client(&env.source).push(&repository, "latest", &image).await.unwrap();
-    let proxy = Proxy::to(env, &env.source).label("source").start().await.unwrap();
-    (proxy, repository, image)
-}
+use crate::{DEADLINE, blob_gets, client, image, is_done, raw, repository, source_with_image};
 
 #[tokio::test]
 async fn an_image_goes_through_unchanged_both_ways() {
@@ -103,12 +92,6 @@ async fn loop_until_error(answer: &mut reqwest::Response) -> (usize, String) {
             Err(error) => return (read, format!("{:#}", anyhow::Error::from(error))),
         }
     }
-}
-
-fn raw() -> reqwest::Client {
-    let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
-    let authority = reqwest::Certificate::from_pem(Env::get().ca_pem.as_bytes()).unwrap();
-    reqwest::Client::builder().tls_certs_only([authority]).no_proxy().timeout(DEADLINE).build().unwrap()
 }
 
 #[tokio::test]

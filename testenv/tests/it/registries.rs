@@ -36,6 +36,40 @@ async fn olareg_and_crane_take_an_image() {
 }
 
 #[tokio::test]
+async fn olareg_lets_in_its_users_with_passwords_and_with_opaque_tokens() {
+    let users = vec![("me".to_owned(), "secret".to_owned())];
+    for (tls, auth) in
+        [(true, Auth::Htpasswd(users.clone())), (true, Auth::Opaque(users.clone())), (false, Auth::Opaque(users))]
+    {
+        let options =
+            RegistryOptions { name: "olareg".to_owned(), kind: Kind::Olareg, tls, auth, ..Default::default() };
+        let server = RegistryServer::start(Env::get(), options).await.unwrap();
+        takes(server.registry(), &image()).await;
+        for other in [server.registry().with_credentials("me", "wrong"), server.registry().anonymous()] {
+            let refused = client(&other).tags("any").await.unwrap_err().to_string();
+            // 403 is what its token server says to a wrong password.
+            assert!(refused.contains("401") || refused.contains("403"), "{refused}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn the_old_distribution_takes_an_image_lets_in_its_users_and_logs() {
+    for (tls, disk) in [(true, false), (false, true)] {
+        let auth = Auth::Htpasswd(vec![("me".to_owned(), "secret".to_owned())]);
+        let kind = Kind::Distribution2;
+        let options = RegistryOptions { name: "old".to_owned(), kind, tls, disk, auth, ..Default::default() };
+        let server = RegistryServer::start(Env::get(), options).await.unwrap();
+        takes(server.registry(), &image()).await;
+        takes(server.registry(), &Image::docker(fastrand::u64(..), &[1000], &["linux/amd64", "linux/arm/v7"])).await;
+        let refused = client(&server.registry().with_credentials("me", "wrong")).tags("any").await.unwrap_err();
+        assert!(refused.to_string().contains("401"), "{refused}");
+        let log = server.registry().access_log().unwrap();
+        assert!(log.iter().any(|access| access.method == "PUT" && access.status == 201), "{log:?}");
+    }
+}
+
+#[tokio::test]
 async fn a_registry_on_disk_takes_an_image_and_its_configuration_can_be_extended() {
     let options = RegistryOptions {
         disk: true,

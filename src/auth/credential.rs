@@ -1,4 +1,4 @@
-//! A user name and a password that do not print themselves.
+//! A user name and a password, or an identity token, that do not print themselves.
 
 use std::fmt;
 
@@ -16,12 +16,33 @@ pub struct Credential {
     fingerprint: Digest,
 }
 
+/// The user name that says that the password is an identity token (distribution-spec, OAuth2 token authentication).
+const IDENTITY_TOKEN_USER: &str = "<token>";
+
 impl Credential {
     /// `origin` is said in messages: `Secret "gcr"`, `the Docker configuration`.
     #[must_use]
     pub fn new(username: String, password: SecretString, origin: &str) -> Self {
         let fingerprint = Digest::sha256(format!("{username}\0{}", password.expose_secret()).as_bytes());
         Self { username, password, origin: origin.to_owned(), fingerprint }
+    }
+
+    /// A token that a token server has given for logging in without a password.
+    #[must_use]
+    pub fn identity_token(token: SecretString, origin: &str) -> Self {
+        Self::new(IDENTITY_TOKEN_USER.to_owned(), token, origin)
+    }
+
+    /// The identity token, if it is one: nobody but a token server is shown it.
+    #[must_use]
+    pub fn as_identity_token(&self) -> Option<&SecretString> {
+        (self.username == IDENTITY_TOKEN_USER).then_some(&self.password)
+    }
+
+    /// The password.
+    #[must_use]
+    pub fn password(&self) -> &SecretString {
+        &self.password
     }
 
     /// The user name.

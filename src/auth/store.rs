@@ -69,6 +69,8 @@ struct AuthEntry {
     #[serde(default)]
     password: SecretString,
     auth: Option<SecretString>,
+    /// What a token server gave at the login, in place of a password.
+    identitytoken: Option<SecretString>,
 }
 
 impl CredentialStore {
@@ -93,9 +95,9 @@ impl CredentialStore {
     fn from_auths(auths: BTreeMap<String, AuthEntry>, origin: &str) -> Result<Self, ConfigError> {
         let mut entries = Vec::new();
         for (key, entry) in auths {
-            let Some((username, password)) = entry.user_and_password(&key)? else { continue };
+            let Some(credential) = entry.credential(&key, origin)? else { continue };
             let key = Key::parse(&key).ok_or_else(|| ConfigError::Key(shorten(&key)))?;
-            entries.push(Entry { key, credential: Arc::new(Credential::new(username, password, origin)) });
+            entries.push(Entry { key, credential: Arc::new(credential) });
         }
         if entries.is_empty() {
             return Err(ConfigError::Empty);
@@ -124,21 +126,26 @@ impl fmt::Debug for CredentialStore {
 }
 
 impl AuthEntry {
-    /// `auth` wins over the two fields, as in the kubelet. `None` where the entry holds neither.
-    fn user_and_password(self, key: &str) -> Result<Option<(String, SecretString)>, ConfigError> {
+    /// An identity token wins over `auth`, and `auth` over the two fields, as in the kubelet. `None` where the entry holds
+    /// nothing.
+    fn credential(self, key: &str, origin: &str) -> Result<Option<Credential>, ConfigError> {
         use secrecy::ExposeSecret;
+        if let Some(token) = self.identitytoken.filter(|token| !token.expose_secret().is_empty()) {
+            return Ok(Some(Credential::identity_token(token, origin)));
+        }
         if let Some(auth) = self.auth.filter(|auth| !auth.expose_secret().is_empty()) {
             let bytes = STANDARD
                 .decode(auth.expose_secret().trim_end_matches('\0').trim())
                 .map_err(|_| ConfigError::Auth(shorten(key)))?;
             let text = String::from_utf8(bytes).map_err(|_| ConfigError::Auth(shorten(key)))?;
             let (user, password) = text.split_once(':').ok_or_else(|| ConfigError::Auth(shorten(key)))?;
-            return Ok(Some((user.to_owned(), password.trim_end_matches('\0').to_owned().into())));
+            let password = password.trim_end_matches('\0').to_owned();
+            return Ok(Some(Credential::new(user.to_owned(), password.into(), origin)));
         }
         if self.username.is_empty() && self.password.expose_secret().is_empty() {
             return Ok(None);
         }
-        Ok(Some((self.username, self.password)))
+        Ok(Some(Credential::new(self.username, self.password, origin)))
     }
 }
 
@@ -250,9 +257,12 @@ mod tests {
         let mut store = CredentialStore::from_docker_config_json(config, "one").unwrap();
         let second = br#"{"gcr.io":{"auth":"c2Vjb25kOnBhc3M6d29yZA=="}}"#;
         store.append(CredentialStore::from_docker_cfg(second, "two").unwrap());
+        let third = br#"{"gcr.io":{"auth":"PHRva2VuPjo=","identitytoken":"eyJ"}}"#;
+        store.append(CredentialStore::from_docker_cfg(third, "three").unwrap());
         let found = store.matching(&"gcr.io".parse().unwrap(), &"a/b".parse().unwrap());
         let names: Vec<_> = found.iter().map(|credential| credential.username()).collect();
-        assert_eq!(names, ["path", "host", "second"]);
+        assert_eq!(names, ["path", "host", "second", "<token>"]);
+        assert!(found[3].as_identity_token().is_some() && found[2].as_identity_token().is_none());
     }
 
     #[test]

@@ -61,6 +61,8 @@ pub struct TokenKey {
 pub struct Token {
     value: SecretString,
     renew_at: Instant,
+    /// What to log in with next time, where the server gave a new identity token.
+    refresh: Option<SecretString>,
 }
 
 /// An answer of a token server that is not a token.
@@ -72,6 +74,7 @@ pub struct TokenError;
 struct Answer {
     token: Option<SecretString>,
     access_token: Option<SecretString>,
+    refresh_token: Option<SecretString>,
     expires_in: Option<u64>,
 }
 
@@ -86,7 +89,8 @@ impl Token {
             .find(|value| !value.expose_secret().is_empty())
             .ok_or(TokenError)?;
         let life = answer.expires_in.map_or(DEFAULT_LIFE, |seconds| Duration::from_secs(seconds.clamp(1, 86_400)));
-        Ok(Self { value, renew_at: now + life.mul_f64(0.8) })
+        let refresh = answer.refresh_token.filter(|token| !token.expose_secret().is_empty());
+        Ok(Self { value, renew_at: now + life.mul_f64(0.8), refresh })
     }
 
     /// Whether it is not time to renew it.
@@ -107,6 +111,8 @@ impl Token {
 #[derive(Default)]
 pub struct TokenCache {
     slots: Mutex<HashMap<TokenKey, Arc<AsyncMutex<Option<Token>>>>>,
+    /// Identity tokens that took the place of what the credentials hold, by registry and credential.
+    refreshed: Mutex<HashMap<(String, Digest), SecretString>>,
 }
 
 impl TokenCache {
@@ -130,6 +136,23 @@ impl TokenCache {
         let token = fetch().await?;
         *slot = Some(token.clone());
         Ok(token)
+    }
+
+    /// The identity token that a server has given in place of the one that the credential holds.
+    #[must_use]
+    pub fn refreshed(&self, registry: &str, credential: &Digest) -> Option<SecretString> {
+        let refreshed = self.refreshed.lock().unwrap_or_else(PoisonError::into_inner);
+        refreshed.get(&(registry.to_owned(), credential.clone())).cloned()
+    }
+
+    /// Keeps the identity token that came with a token, as long as the process runs.
+    pub fn keep_refreshed(&self, registry: &str, credential: &Digest, token: &Token) {
+        let Some(refresh) = &token.refresh else { return };
+        let mut refreshed = self.refreshed.lock().unwrap_or_else(PoisonError::into_inner);
+        if refreshed.len() >= Self::MAX_SLOTS {
+            refreshed.clear();
+        }
+        refreshed.insert((registry.to_owned(), credential.clone()), refresh.clone());
     }
 
     fn slot(&self, key: TokenKey) -> Arc<AsyncMutex<Option<Token>>> {

@@ -314,9 +314,9 @@ fn docker_login(host: &Host) -> Result<Option<CredentialStore>, Failure> {
             let store = CredentialStore::single(host.as_str(), credential);
             store.map(Some).map_err(|error| Failure::Usage(format!("{ORIGIN}: {error}")))
         }
-        Ok(DockerCredential::IdentityToken(_)) => {
-            let what = format!("{ORIGIN} has an identity token for {host}, which is not supported yet");
-            Err(Failure::Usage(format!("{what}; log in with a user name and password, or give a Secret with -f")))
+        Ok(DockerCredential::IdentityToken(token)) => {
+            let store = CredentialStore::single(host.as_str(), Credential::identity_token(token.into(), ORIGIN));
+            store.map(Some).map_err(|error| Failure::Usage(format!("{ORIGIN}: {error}")))
         }
         Err(
             CredentialRetrievalError::ConfigNotFound

@@ -20,7 +20,7 @@ use super::{
     error::{Error, ErrorKind, Step},
     header::{content_digest, content_range, lists_by_subject},
     known::Known,
-    send::{Request, Response, host_of, transport_error},
+    send::{Authorization, Request, Response, host_of, transport_error},
     transport::{Transport, TransportError},
     upload::MountFrom,
 };
@@ -231,7 +231,12 @@ impl Repository {
                 .headers
                 .insert(RANGE, range.map_err(|_| self.error(ErrorKind::Malformed("range".into()), &request))?);
         }
-        let response = self.execute(&request).await?;
+        let response = match self.execute(&request).await {
+            Err(error) if error.is_not_found() && descriptor.is_foreign() => {
+                self.foreign_blob(&request, descriptor, error).await?
+            }
+            response => response?,
+        };
         let (total, skip) = self.check_range(&request, &response, offset)?;
         let integrity = |what: String| self.error(ErrorKind::Integrity(what), &request);
         if response.inner.headers().get(CONTENT_ENCODING).is_some_and(|encoding| encoding != "identity") {
@@ -242,6 +247,20 @@ impl Repository {
             return Err(integrity(what));
         }
         Ok((total, self.stream(response, request.subject, skip)))
+    }
+
+    /// A blob from the first of its `urls` that has it: HTTPS only, without credentials, and to no closed network.
+    async fn foreign_blob(&self, request: &Request, blob: &Descriptor, absent: Error) -> Result<Response, Error> {
+        let mut last = absent;
+        for url in blob.urls.iter().filter_map(|url| Url::parse(url).ok()).filter(|url| url.scheme() == "https") {
+            let request = Request { url, ..request.clone() };
+            match self.follow(&request, &Authorization::nothing()).await {
+                Ok(response) if response.inner.status().is_success() => return Ok(response),
+                Ok(response) => last = self.status_error(&request, response).await,
+                Err(error) => last = error,
+            }
+        }
+        Err(last)
     }
 
     /// The size of the whole blob, and how many bytes of this answer to leave out because the range was ignored.

@@ -4,12 +4,12 @@
 //! with a fresh token once and then with the next credential that matches, follows redirects by hand, and is repeated
 //! with full jitter when the failure is one that passes.
 
-use std::sync::atomic::Ordering;
+use std::sync::{Arc, atomic::Ordering};
 
 use bytes::{Bytes, BytesMut};
 use http::{
     HeaderMap, HeaderValue, Method, StatusCode,
-    header::{AUTHORIZATION, CONTENT_LENGTH, LOCATION, WWW_AUTHENTICATE},
+    header::{AUTHORIZATION, CONTENT_LENGTH, CONTENT_TYPE, LOCATION, WWW_AUTHENTICATE},
 };
 use secrecy::{ExposeSecret, SecretString};
 use tokio::time::timeout;
@@ -27,6 +27,8 @@ use crate::auth::{Challenge, Credential, Scope, Token, TokenKey, realm_is_truste
 /// Repetitions of a request, the first one aside.
 const MAX_RETRIES: u32 = 4;
 const MAX_REDIRECTS: u32 = 5;
+/// What token servers know us by.
+const CLIENT_ID: &str = "imagemirror";
 /// Error bodies and token answers are read this far.
 const MAX_SMALL_BODY: u64 = 64 << 10;
 
@@ -201,7 +203,7 @@ impl Repository {
     }
 
     /// Sends one request and follows its redirects. Credentials stay with the registry.
-    async fn follow(&self, request: &Request, authorization: &Authorization) -> Result<Response, Error> {
+    pub(super) async fn follow(&self, request: &Request, authorization: &Authorization) -> Result<Response, Error> {
         let mut url = request.url.clone();
         let mut redirects = 0;
         loop {
@@ -296,7 +298,9 @@ impl Repository {
             return Ok(Authorization { kind: AuthorizationKind::Token(token), identity });
         }
         let basic = challenges.contains(&Challenge::Basic);
-        Ok(self.credential(index).filter(|_| basic).map_or_else(Authorization::nothing, |c| Authorization::basic(c)))
+        // An identity token is for token servers alone.
+        let shown = self.credential(index).filter(|credential| basic && credential.as_identity_token().is_none());
+        Ok(shown.map_or_else(Authorization::nothing, |c| Authorization::basic(c)))
     }
 
     async fn fetch_token(
@@ -309,29 +313,78 @@ impl Repository {
     ) -> Result<Token, Error> {
         let fail = |kind, host: &str| Error::new(kind, Step::Token, host, subject);
         let registry = self.host();
-        let mut url = Url::parse(realm)
+        let url = Url::parse(realm)
             .map_err(|_| fail(ErrorKind::Malformed("the realm is not a URL".into()), registry.as_str()))?;
         let host = host_of(&url);
         if !realm_is_trusted(registry, self.is_plain_http(), &url, self.client().auth_hosts(registry)) {
             return Err(fail(ErrorKind::RealmRefused(host), registry.as_str()));
         }
-        url.query_pairs_mut()
-            .extend_pairs(service.map(|service| ("service", service)))
-            .extend_pairs(scope.parameters().iter().map(|scope| ("scope", scope)));
-        let authorization = self.credential(index).map_or_else(Authorization::nothing, |c| Authorization::basic(c));
-        let request = Request::new(Step::Token, Method::GET, url.clone(), subject);
-        let response = self.dispatch(&request, url, &authorization).await?;
-        if !response.inner.status().is_success() {
-            let mut error = self.status_error(&request, response).await;
-            if let ErrorKind::Status { credential, .. } = &mut error.kind {
-                *credential = self.credential(index).map(|credential| credential.origin().to_owned());
+        let credential = self.credential(index);
+        let is_identity = credential.is_some_and(|credential| credential.as_identity_token().is_some());
+        let ask = |by_post: bool| self.token_request(&url, service, scope, credential.filter(|_| by_post), subject);
+        let mut answer = self.ask_for_token(&ask(is_identity), credential.filter(|_| !is_identity)).await?;
+        // Servers know one of the two ways, or both.
+        if credential.is_some() && matches!(answer.inner.status().as_u16(), 404 | 405) {
+            answer = self.ask_for_token(&ask(!is_identity), credential.filter(|_| is_identity)).await?;
+        }
+        if !answer.inner.status().is_success() {
+            let mut error = self.status_error(&ask(is_identity), answer).await;
+            if let ErrorKind::Status { credential: origin, .. } = &mut error.kind {
+                *origin = credential.map(|credential| credential.origin().to_owned());
             }
             error.host = host;
             return Err(error);
         }
-        let body = self.read_body(response, MAX_SMALL_BODY, Step::Token, subject).await?;
-        Token::from_answer(&body, std::time::Instant::now())
-            .map_err(|error| fail(ErrorKind::Malformed("it holds no token".into()), &host).caused_by(error))
+        let body = self.read_body(answer, MAX_SMALL_BODY, Step::Token, subject).await?;
+        let token = Token::from_answer(&body, std::time::Instant::now())
+            .map_err(|error| fail(ErrorKind::Malformed("it holds no token".into()), &host).caused_by(error))?;
+        if let Some(credential) = credential {
+            self.client().tokens().keep_refreshed(self.registry_key(), credential.fingerprint(), &token);
+        }
+        Ok(token)
+    }
+
+    async fn ask_for_token(&self, request: &Request, basic: Option<&Arc<Credential>>) -> Result<Response, Error> {
+        let authorization = basic.map_or_else(Authorization::nothing, |credential| Authorization::basic(credential));
+        self.dispatch(request, request.url.clone(), &authorization).await
+    }
+
+    /// A `GET` with the query (distribution-spec, token authentication), or with a credential in it a `POST` with a form
+    /// (OAuth2 token authentication; RFC 6749, sections 4.3 and 6).
+    fn token_request(
+        &self,
+        realm: &Url,
+        service: Option<&str>,
+        scope: &Scope,
+        in_form: Option<&Arc<Credential>>,
+        subject: &str,
+    ) -> Request {
+        let mut url = realm.clone();
+        let scopes = scope.parameters();
+        let Some(credential) = in_form else {
+            url.query_pairs_mut()
+                .extend_pairs(service.map(|service| ("service", service)))
+                .extend_pairs(scopes.iter().map(|scope| ("scope", scope)));
+            return Request::new(Step::Token, Method::GET, url, subject);
+        };
+        let mut form = url::form_urlencoded::Serializer::new(String::new());
+        form.append_pair("client_id", CLIENT_ID).append_pair("scope", &scopes.join(" "));
+        form.extend_pairs(service.map(|service| ("service", service)));
+        match credential.as_identity_token() {
+            Some(token) => {
+                let newer = self.client().tokens().refreshed(self.registry_key(), credential.fingerprint());
+                let token = newer.as_ref().unwrap_or(token).expose_secret();
+                form.append_pair("grant_type", "refresh_token").append_pair("refresh_token", token);
+            }
+            None => {
+                form.append_pair("grant_type", "password").append_pair("username", credential.username());
+                form.append_pair("password", credential.password().expose_secret());
+            }
+        }
+        let mut request = Request::new(Step::Token, Method::POST, url, subject);
+        request.headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/x-www-form-urlencoded"));
+        request.body = form.finish().into();
+        request
     }
 
     pub(super) async fn status_error(&self, request: &Request, response: Response) -> Error {

@@ -5,6 +5,7 @@
 
 mod bad_input;
 mod boundaries;
+mod cases;
 mod engine;
 mod faults;
 mod lifecycle;

@@ -73,8 +73,19 @@ pub(crate) async fn sync_with(
     target: Access,
     images: Vec<ImageRequest>,
 ) -> Result<SyncReport> {
+    sync_from(client, vec![source], target, images).await
+}
+
+/// One sync of images from several sources.
+pub(crate) async fn sync_from(
+    client: &Client,
+    sources: Vec<Access>,
+    target: Access,
+    images: Vec<ImageRequest>,
+) -> Result<SyncReport> {
     let request = SyncRequest { images, timeout: Duration::from_mins(1) };
-    let registries = Registries { sources: [(source.host.clone(), source)].into(), target };
+    let sources = sources.into_iter().map(|source| (source.host.clone(), source)).collect();
+    let registries = Registries { sources, target };
     let cancel = CancellationToken::new();
     let report = sync(client, &request, &registries, Fence::Open, Arc::new(Progress::default()), &cancel).await;
     report.context("cancelled")

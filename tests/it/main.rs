@@ -6,6 +6,7 @@
 mod bad_input;
 mod boundaries;
 mod cases;
+mod catalogue;
 mod engine;
 mod faults;
 mod lifecycle;

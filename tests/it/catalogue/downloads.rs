@@ -1,6 +1,9 @@
 //! R1 to R8, R14, R15: what the source does while it is read.
 
-use imagemirror::reason::Reason;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use imagemirror::{reason::Reason, registry::Client};
 use testenv::{
     images::Content,
     proxy::{Action, Close, Matcher, Route},
@@ -9,8 +12,8 @@ use testenv::{
 use super::bench::{
     Bench, IMAGE, INDEX, LARGE, Row,
     Side::{Source, Target},
-    cancel, cut, fault, get_blob, get_manifest, large, lines, post_blob, put_blob, put_blobs, put_manifest, row, small,
-    whole,
+    cancel, cut, fault, get_blob, get_manifest, head_manifest, large, lines, post, post_blob, put_blob, put_blobs,
+    put_manifest, row, small, whole,
 };
 
 const HTML: &str = "<!DOCTYPE html><title>Sign in to the network</title>";
@@ -140,7 +143,7 @@ fn wrong_bytes() -> Vec<Row> {
         ),
         fault("R6-head", "a HEAD that names another digest than the tag has")
             .old()
-            .at(Source, super::bench::head_manifest(), lie)
+            .at(Source, head_manifest(), lie)
             .fails(&[Reason::IntegrityError, Reason::SourceNotFound]),
         fault("R5-manifest", "a manifest with a flipped bit, always")
             .index()
@@ -206,7 +209,20 @@ fn slow() -> Vec<Row> {
                 .seen(Target, put_blob(large()), 1..=1),
             fault("R8-tag", "a tag whose write is not answered").at(Target, put_manifest("1").times(1), Action::Stall),
         ];
-    stalls.map(Row::from).into()
+    let mut rows: Vec<Row> = stalls.map(Row::from).into();
+    rows.push(row("R8-trickle", "a head that comes a byte at a time holds nobody for ever", trickles));
+    rows
+}
+
+async fn trickles(bench: Bench) -> Result<()> {
+    let mut options = crate::cases::options();
+    options.timing.head = Duration::from_millis(300);
+    let (host, _server) = super::listener::trickle().await?;
+    let source = bench.env.open.at(&host);
+    let client = Client::new(options);
+    let copy = bench.copy_between(&client, &source, bench.target.registry(), &bench.to);
+    let report = tokio::time::timeout(Duration::from_secs(20), copy).await.context("it waits for ever")??;
+    bench.failed(&report, &[Reason::SourceUnavailable], None).await
 }
 
 fn redirected() -> Vec<Row> {
@@ -234,7 +250,7 @@ fn redirected() -> Vec<Row> {
             .fails(&[Reason::Blocked])
             .seen(Target, put_blobs(), 0..=0),
         fault("R14-write-307", "307 keeps the method on the same registry")
-            .at(Target, post().times(3), itself_with_mount())
+            .at(Target, post().times(3), Action::respond(307).header("Location", "?"))
             .seen(Target, put_blobs(), 3..=3),
     ];
     let mut rows: Vec<Row> = moved.map(Row::from).into();
@@ -242,14 +258,7 @@ fn redirected() -> Vec<Row> {
     rows
 }
 
-/// To the same place without the attempt to mount.
-fn itself_with_mount() -> Action {
-    Action::respond(307).header("Location", "?")
-}
-
-use super::bench::post;
-
-async fn cdn_dies(bench: Bench) -> anyhow::Result<()> {
+async fn cdn_dies(bench: Bench) -> Result<()> {
     let cdn = bench.listener().await?;
     let signed = |number: u32| {
         let url = format!("{}/v2/{}/blobs/{}?signature={number}", cdn.url(), bench.repository, large().digest);
@@ -261,9 +270,9 @@ async fn cdn_dies(bench: Bench) -> anyhow::Result<()> {
     let report = bench.copy().await?;
     bench.copied(&report, &bench.to, &IMAGE).await?;
     let asked = cdn.requests();
-    anyhow::ensure!(asked.len() == 2, "{}", lines(&cdn));
-    anyhow::ensure!(asked[0].path.ends_with("signature=1") && asked[1].path.ends_with("signature=2"), "{asked:?}");
-    anyhow::ensure!(asked[1].range.is_some() && asked.iter().all(|exchange| !exchange.authorized), "{asked:?}");
-    anyhow::ensure!(bench.target.count(&put_blob(large())) == 1, "{}", lines(&bench.target));
+    ensure!(asked.len() == 2, "{}", lines(&cdn));
+    ensure!(asked[0].path.ends_with("signature=1") && asked[1].path.ends_with("signature=2"), "{asked:?}");
+    ensure!(asked[1].range.is_some() && asked.iter().all(|exchange| !exchange.authorized), "{asked:?}");
+    ensure!(bench.target.count(&put_blob(large())) == 1, "{}", lines(&bench.target));
     Ok(())
 }

@@ -1,5 +1,5 @@
-//! A host that only listens: it keeps the first bytes that every connection sends and closes it. What it has not heard
-//! has not been sent.
+//! Hosts that are no registries. One only listens: it keeps the first bytes that every connection sends and closes it;
+//! what it has not heard has not been sent.
 
 use std::{
     net::SocketAddr,
@@ -8,7 +8,11 @@ use std::{
 };
 
 use anyhow::Result;
-use tokio::{io::AsyncReadExt as _, net::TcpListener, task::JoinHandle};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpListener,
+    task::{JoinHandle, JoinSet},
+};
 
 /// A running listener; dropping it stops it.
 pub(super) struct Listener {
@@ -47,6 +51,29 @@ impl Drop for Listener {
     }
 }
 
+/// A server without TLS whose answers begin and never come to the end of their head, a byte at a time.
+pub(super) async fn trickle() -> Result<(String, JoinSet<()>)> {
+    let listener = TcpListener::bind(("127.0.0.1", 0)).await?;
+    let host = listener.local_addr()?.to_string();
+    let mut tasks = JoinSet::new();
+    tasks.spawn(async move {
+        let mut connections = JoinSet::new();
+        while let Ok((mut stream, _)) = listener.accept().await {
+            connections.spawn(async move {
+                let mut every = tokio::time::interval(Duration::from_millis(20));
+                let head = b"HTTP/1.1 200 OK\r\nX-Slow: ".iter().chain(std::iter::repeat(&b'a'));
+                for byte in head {
+                    every.tick().await;
+                    if stream.write_all(&[*byte]).await.is_err() {
+                        return;
+                    }
+                }
+            });
+        }
+    });
+    Ok((host, tasks))
+}
+
 async fn listen(listener: TcpListener, heard: Arc<Mutex<Vec<Vec<u8>>>>) {
     loop {
         let Ok((mut stream, _)) = listener.accept().await else { continue };
@@ -76,7 +103,7 @@ impl Relay {
         let address = listener.local_addr()?;
         let host = host.to_owned();
         let task = tokio::spawn(async move {
-            let mut connections = tokio::task::JoinSet::new();
+            let mut connections = JoinSet::new();
             while let Ok((mut near, _)) = listener.accept().await {
                 let host = host.clone();
                 connections.spawn(async move {

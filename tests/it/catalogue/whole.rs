@@ -164,7 +164,8 @@ fn names() -> Vec<Row> {
             ensure!(bench.source.requests().is_empty(), "{}", lines(&bench.source));
             Ok(())
         }),
-        row("R31-plain", "no plain HTTP where TLS fails; R33: HTTP/2 is not offered", hello),
+        row("R31-plain", "no plain HTTP where TLS fails", |bench| hello(bench, |hello| hello.first() == Some(&0x16))),
+        row("R33", "HTTP/2 is never offered", |bench| hello(bench, offers_http1_alone)),
         row("R32", "a name that does not exist stops no other image", unknown_name),
     ]
 }
@@ -181,20 +182,22 @@ async fn untrusted(bench: Bench, is_source: bool) -> Result<()> {
     Ok(())
 }
 
-/// A server that closes at the hello: what every connection begins with is TLS, for HTTP/1.1 alone.
-async fn hello(bench: Bench) -> Result<()> {
+/// A server that closes at the first bytes: what these are is the same in every connection.
+async fn hello(bench: Bench, is_right: fn(&[u8]) -> bool) -> Result<()> {
     let listener = Listener::at("127.0.0.1").await?;
     let source = bench.source.registry().at(&listener.host());
     let report = bench.copy_between(&client(), &source, bench.target.registry(), &bench.to).await?;
     bench.failed(&report, &[Reason::SourceUnavailable], None).await?;
     let heard = listener.heard();
     ensure!((1..=6).contains(&heard.len()), "{} connections", heard.len());
-    for hello in heard {
-        let offers = |protocol: &[u8]| hello.windows(protocol.len()).any(|window| window == protocol);
-        ensure!(hello.first() == Some(&0x16), "not TLS: {:?}", String::from_utf8_lossy(&hello));
-        ensure!(offers(b"\x08http/1.1") && !offers(b"\x02h2"), "ALPN offers something else");
-    }
+    ensure!(heard.iter().all(|hello| is_right(hello)), "{heard:?}");
     Ok(())
+}
+
+/// Protocols in ALPN come with their length before them (RFC 7301).
+fn offers_http1_alone(hello: &[u8]) -> bool {
+    let offers = |protocol: &[u8]| hello.windows(protocol.len()).any(|window| window == protocol);
+    offers(b"\x08http/1.1") && !offers(b"\x02h2")
 }
 
 async fn unknown_name(bench: Bench) -> Result<()> {
@@ -258,7 +261,12 @@ async fn two_logins(mut bench: Bench) -> Result<()> {
     bench.copied(&report, &bench.to, &IMAGE).await?;
     let from = format!("repository:{}:pull", bench.repository);
     let into = format!("repository:{}:pull,push", bench.to);
-    for request in bench.env.token.requests()? {
+    let requests = bench.env.token.requests()?;
+    let asked = |user: &str, scope: &String| {
+        requests.iter().any(|request| request.user.as_deref() == Some(user) && request.scopes.contains(scope))
+    };
+    ensure!(asked("pull", &from) && asked("push", &into), "not both have logged in");
+    for request in requests {
         let user = request.user.as_deref();
         ensure!(user != Some("pull") || !request.scopes.contains(&into), "the reader asks to write: {request:?}");
         let is_mount = request.scopes.contains(&into);

@@ -23,7 +23,9 @@ pub enum Scope {
     Pull(RepositoryName),
     /// Read from and write to a repository.
     PullPush(RepositoryName),
-    /// The same, and read from the second: what mounting a blob of it needs.
+    /// The same, and delete: what some registries want for giving up an upload.
+    Delete(RepositoryName),
+    /// Read from and write to the first, and read from the second: what mounting a blob of it needs.
     Mount(RepositoryName, RepositoryName),
 }
 
@@ -34,6 +36,7 @@ impl Scope {
         match self {
             Self::Pull(name) => vec![format!("repository:{name}:pull")],
             Self::PullPush(name) => vec![format!("repository:{name}:pull,push")],
+            Self::Delete(name) => vec![format!("repository:{name}:pull,push,delete")],
             Self::Mount(to, from) => vec![format!("repository:{to}:pull,push"), format!("repository:{from}:pull")],
         }
     }

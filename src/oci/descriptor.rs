@@ -60,9 +60,12 @@ impl Descriptor {
         matches!(self.media_type.as_str(), media_type::OCI_INDEX | media_type::DOCKER_LIST)
     }
 
-    /// Whether this is a layer that its vendor distributes elsewhere: it has `urls` and is not fetched from the registry.
+    /// Whether this is a layer that its vendor distributes elsewhere: it has `urls` and one of the types for that
+    /// (image-spec, layer.md, "Non-Distributable Layers"). Other layers with `urls` are in the registry too.
     #[must_use]
     pub fn is_foreign(&self) -> bool {
-        !self.urls.is_empty()
+        let is_type = self.media_type.starts_with("application/vnd.oci.image.layer.nondistributable.v1.")
+            || self.media_type == "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip";
+        is_type && !self.urls.is_empty()
     }
 }

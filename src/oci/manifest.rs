@@ -150,7 +150,13 @@ impl Child {
 }
 
 fn descriptor(field: &'static str, value: &Value) -> Result<Descriptor, ManifestError> {
-    serde_json::from_value(value.clone()).map_err(|source| ManifestError::Descriptor { field, source })
+    let found: Descriptor =
+        serde_json::from_value(value.clone()).map_err(|source| ManifestError::Descriptor { field, source })?;
+    // The specification has signed sizes of 64 bits.
+    if i64::try_from(found.size).is_err() {
+        return Err(ManifestError::Form(field));
+    }
+    Ok(found)
 }
 
 fn array<'a>(field: &'static str, value: Option<&'a Value>) -> Result<&'a [Value], ManifestError> {
@@ -229,6 +235,7 @@ mod tests {
             r#"{"layers":{}}"#.to_owned(),
             r#"{"layers":[{"digest":"sha256:x","size":1}]}"#.to_owned(),
             r#"{"layers":[{"size":1}]}"#.to_owned(),
+            format!(r#"{{"layers":[{}]}}"#, a.replace(":3}", ":18446744073709551615}")),
         ] {
             assert!(manifest(media_type::OCI_MANIFEST, &text).children().is_err(), "{text} was accepted");
         }

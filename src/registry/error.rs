@@ -102,6 +102,8 @@ pub enum Step {
     CancelUpload,
     /// `PUT` of a manifest or tag.
     PutManifest,
+    /// `PUT` of a tag that has another digest.
+    MoveTag,
     /// `GET` of a list of tags.
     ListTags,
     /// `GET` of what is attached to a manifest.
@@ -136,6 +138,13 @@ impl Error {
         self
     }
 
+    /// The same failure, of a tag that has another digest already.
+    #[must_use]
+    pub(super) fn of_existing_tag(mut self) -> Self {
+        self.step = Step::MoveTag;
+        self
+    }
+
     /// The HTTP status, where there was an answer.
     #[must_use]
     pub fn status(&self) -> Option<StatusCode> {
@@ -162,7 +171,8 @@ impl Error {
     /// Whether the content asked for is simply not there.
     #[must_use]
     pub fn is_not_found(&self) -> bool {
-        self.status() == Some(StatusCode::NOT_FOUND) || self.kind == ErrorKind::Missing
+        // What a token server does not have says nothing of what it was to be asked for.
+        (self.status() == Some(StatusCode::NOT_FOUND) && self.step != Step::Token) || self.kind == ErrorKind::Missing
     }
 
     /// Whether the upload session is gone and a new one may do.
@@ -181,7 +191,8 @@ impl Error {
             ErrorKind::Status { status, code, .. } => {
                 let about_manifest = code.as_deref().is_some_and(|code| code.starts_with("MANIFEST_"));
                 let refused_form = status.is_server_error() && about_manifest;
-                let full = *status == StatusCode::INSUFFICIENT_STORAGE;
+                let told = matches!(code.as_deref(), Some(NO_SPACE | URLS_REFUSED));
+                let full = *status == StatusCode::INSUFFICIENT_STORAGE || told;
                 (status.is_server_error() && !refused_form && !full)
                     || matches!(status.as_u16(), 408 | 429 | 499)
                     || self.is_lost_session()
@@ -208,7 +219,10 @@ impl Error {
             | ErrorKind::LinkRefused(_)
             | ErrorKind::LocationRefused(_) => Reason::Blocked,
             ErrorKind::Closed(_) => Reason::RateLimited,
-            ErrorKind::TooLarge(_) => Reason::ManifestRefused,
+            ErrorKind::TooLarge(_) if matches!(self.step, Step::GetManifest | Step::GetChild) => {
+                Reason::ManifestRefused
+            }
+            ErrorKind::TooLarge(_) => unavailable,
             ErrorKind::Integrity(_) => Reason::IntegrityError,
             ErrorKind::Malformed(_) => unavailable,
             ErrorKind::Missing => self.absent(side),
@@ -222,22 +236,25 @@ impl Error {
     fn status_reason(&self, status: StatusCode, code: Option<&str>, side: Side, unavailable: Reason) -> Reason {
         match (self.step, code, status.as_u16()) {
             // A quota of the registry, without a time after which it is over.
-            (_, Some("QUOTA_EXCEEDED"), _) | (_, _, 507) => Reason::QuotaExceeded,
+            (_, Some("QUOTA_EXCEEDED" | NO_SPACE), _) | (_, _, 507) => Reason::QuotaExceeded,
             (_, Some("TOOMANYREQUESTS"), _) | (_, _, 429) => Reason::RateLimited,
             (Step::Token, _, 400 | 401 | 403) | (_, Some("UNAUTHORIZED"), _) | (_, _, 401) => {
                 Reason::AuthenticationFailed
             }
-            (Step::PutManifest, Some("TAG_INVALID"), _) => Reason::TagImmutable,
-            (Step::PutManifest, _, 409) => Reason::TagImmutable,
+            (Step::PutManifest | Step::MoveTag, Some("TAG_INVALID"), _) => Reason::TagImmutable,
+            (Step::PutManifest, _, 409) | (Step::MoveTag, _, 405 | 409 | 412) => Reason::TagImmutable,
             (_, Some("DENIED"), _) | (_, _, 403) => Reason::PermissionDenied,
             (_, Some("NAME_UNKNOWN"), _) => match side {
                 Side::Source => Reason::SourceNotFound,
                 Side::Target => Reason::RepositoryMissing,
             },
             (_, Some("DIGEST_INVALID" | "SIZE_INVALID"), _) => Reason::IntegrityError,
-            (Step::PutManifest, Some("MANIFEST_BLOB_UNKNOWN"), _) => unavailable,
-            (_, Some("MANIFEST_INVALID" | "MANIFEST_UNVERIFIED" | "UNSUPPORTED"), _) => Reason::ManifestRefused,
-            (Step::PutManifest, _, 400 | 405 | 413 | 415 | 422) => Reason::ManifestRefused,
+            (Step::PutManifest | Step::MoveTag, Some("MANIFEST_BLOB_UNKNOWN" | "BLOB_UNKNOWN"), _) => unavailable,
+            (_, Some("MANIFEST_INVALID" | "MANIFEST_UNVERIFIED" | "UNSUPPORTED" | URLS_REFUSED), _) => {
+                Reason::ManifestRefused
+            }
+            (Step::PutManifest | Step::MoveTag, _, 400 | 405 | 413 | 415 | 422) => Reason::ManifestRefused,
+            (Step::Token | Step::PutBlob | Step::UploadStatus, _, 404) => unavailable,
             (_, _, 404) => self.absent(side),
             _ => unavailable,
         }
@@ -265,6 +282,7 @@ impl fmt::Display for Step {
             Self::UploadStatus => "asking about the upload of",
             Self::CancelUpload => "cancelling the upload of",
             Self::PutManifest => "writing the manifest of",
+            Self::MoveTag => "moving the tag",
             Self::ListTags => "listing the tags of",
             Self::ListReferrers => "listing what is attached to",
         })
@@ -345,15 +363,32 @@ struct Envelope {
 struct EnvelopeError {
     code: Option<String>,
     message: Option<String>,
+    detail: Option<serde_json::Value>,
 }
+
+/// What we call it when a registry says in a general error that its disk is full.
+const NO_SPACE: &str = "NO_SPACE";
+/// What we call it when a registry says in a general error that it takes no manifest with these `urls`.
+const URLS_REFUSED: &str = "URLS_REFUSED";
+/// Words that say more than the code beside them, and the code that they stand for.
+const TELLING_WORDS: [(&str, &str); 2] =
+    [("no space left on device", NO_SPACE), ("invalid URL on layer", URLS_REFUSED)];
 
 /// The first code and message of an error body (distribution-spec, "Error Codes"). Other bodies say nothing.
 pub(super) fn parse_envelope(body: &[u8]) -> (Option<String>, Option<String>) {
     let Ok(Envelope { errors }) = serde_json::from_slice(body) else { return (None, None) };
+    // What went wrong is often in a detail alone, and sometimes in that of another error.
+    let detail = errors.iter().find_map(|error| match &error.detail {
+        Some(serde_json::Value::String(text)) => Some(text.clone()),
+        _ => None,
+    });
     let Some(first) = errors.into_iter().next() else { return (None, None) };
     let is_code = |code: &String| code.len() <= 64 && code.bytes().all(|b| b.is_ascii_uppercase() || b == b'_');
-    let message = first.message.map(|message| clean(&message)).filter(|message| !message.is_empty());
-    (first.code.filter(is_code), message)
+    let words: Vec<String> = [first.message, detail].into_iter().flatten().collect();
+    let message = Some(clean(&words.join(": "))).filter(|message| !message.is_empty());
+    let told = TELLING_WORDS.iter().find(|(words, _)| message.as_ref().is_some_and(|message| message.contains(words)));
+    let code = told.map(|(_, code)| (*code).to_owned()).or(first.code.filter(is_code));
+    (code, message)
 }
 
 /// At most 256 characters, none of them control characters, and no query strings.

@@ -73,6 +73,8 @@ pub(super) enum Verdict {
 
 /// A host that wants to be left alone for longer is not waited for inside a run.
 const LONGEST_WAIT: Duration = Duration::from_mins(1);
+/// Refusals in a row that do not say for how long, after which nobody waits any more.
+const MAX_REFUSALS: u32 = 3;
 /// No registry may stop us for longer than this, whatever it says.
 const LONGEST_PAUSE: Duration = Duration::from_hours(1);
 
@@ -108,7 +110,7 @@ impl HostLimits {
         loop {
             while let Some(until) = self.closed_until(identity) {
                 let pause = until.saturating_duration_since(Instant::now());
-                if pause > LONGEST_WAIT {
+                if pause > LONGEST_WAIT || self.state().refusals > MAX_REFUSALS {
                     return Err(pause);
                 }
                 sleep_until(until).await;
@@ -289,11 +291,15 @@ mod tests {
     async fn a_refusal_that_names_no_time_closes_for_longer_each_time() {
         let limits = limits(4);
         let before = Instant::now();
+        let mut permit = limits.request(&None).await.unwrap();
         for expected in [10, 30, 70] {
-            limits.request(&None).await.unwrap().answered(Verdict::TooMany(None), PAUSE);
-            let _ = limits.request(&None).await;
+            permit.answered(Verdict::TooMany(None), PAUSE);
+            drop(permit);
+            permit = limits.request(&None).await.unwrap();
             assert_eq!(before.elapsed().as_secs(), expected);
         }
+        permit.answered(Verdict::TooMany(None), PAUSE);
+        assert!(limits.request(&None).await.is_err(), "the fourth time nobody waits");
     }
 
     #[tokio::test(start_paused = true)]

@@ -239,9 +239,10 @@ fn leaves_a_session(error: &PutError) -> bool {
 }
 
 fn is_worth_another_session(error: &PutError) -> bool {
+    // A source that fails has been asked again and again.
+    let PutError::Target(error) = error else { return false };
     // A token may have run out while the body was sent: the next POST fetches a fresh one.
-    let refused = matches!(error, PutError::Target(error) if error.status_code() == 401);
-    refused || error.inner().is_retryable()
+    error.status_code() == 401 || error.is_retryable()
 }
 
 /// What the source sent is not what it promised, or what was put together of two halves is not.

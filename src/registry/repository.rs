@@ -146,12 +146,24 @@ impl Repository {
         match content_digest(response.inner.headers()) {
             Some(digest) => Ok(Some(digest)),
             // Old registries send no digest with HEAD.
-            None => self.manifest(reference).await.map(|manifest| Some(manifest.digest)),
+            None => match self.manifest(reference).await {
+                Ok(manifest) => Ok(Some(manifest.digest)),
+                Err(error) if error.is_not_found() => Ok(None),
+                Err(error) => Err(error),
+            },
         }
     }
 
-    /// The manifest of a tag or digest, its bytes checked against the digest that was asked for or promised.
+    /// The manifest of a tag or digest, its bytes checked against the digest that was asked for or promised. Bytes that
+    /// are wrong once may be one broken connection.
     pub async fn manifest(&self, reference: &str) -> Result<RawManifest, Error> {
+        match self.manifest_once(reference).await {
+            Err(Error { kind: ErrorKind::Integrity(_), .. }) => self.manifest_once(reference).await,
+            result => result,
+        }
+    }
+
+    async fn manifest_once(&self, reference: &str) -> Result<RawManifest, Error> {
         let mut request = self.manifest_request(Step::GetManifest, Method::GET, reference)?;
         request.headers.insert(ACCEPT_HEADER, HeaderValue::from_static(ACCEPT));
         let (headers, bytes) = self.fetch(&request, MAX_MANIFEST).await?;
@@ -177,6 +189,15 @@ impl Repository {
         request.headers.insert(CONTENT_TYPE, media_type);
         let response = self.execute(&request).await?;
         let stored = content_digest(response.inner.headers());
+        // A page of somebody in between is a success too.
+        if response.inner.status() != StatusCode::CREATED && stored.is_none() {
+            drop(response);
+            if self.head(reference).await?.as_ref() == Some(&manifest.digest) {
+                return Ok(());
+            }
+            let what = "it was not the registry that said so: the manifest is not there".to_owned();
+            return Err(self.error(ErrorKind::Malformed(what), &request));
+        }
         let differs =
             stored.is_some_and(|stored| stored.algorithm() == manifest.digest.algorithm() && stored != manifest.digest);
         if differs {
@@ -198,15 +219,22 @@ impl Repository {
     }
 
     /// Moves a tag. The write ends, one way or the other, within [`Timing::tag_write`](super::Timing::tag_write): if no answer comes in that
-    /// time the outcome is unknown and the tag is looked at.
+    /// time the outcome is unknown and the tag is looked at. So it is where tags may not be moved: one that is right
+    /// already is as good.
     pub async fn put_tag(&self, tag: &Tag, manifest: &RawManifest) -> Result<(), Error> {
-        match timeout(self.client().timing().tag_write, self.put_manifest(tag.as_str(), manifest)).await {
-            Ok(result) => result,
-            Err(_) if self.head(tag.as_str()).await?.as_ref() == Some(&manifest.digest) => Ok(()),
+        let error = match timeout(self.client().timing().tag_write, self.put_manifest(tag.as_str(), manifest)).await {
+            Ok(Ok(())) => return Ok(()),
+            Ok(Err(error)) if matches!(error.status_code(), 400 | 403 | 405 | 409 | 412) => error,
+            Ok(Err(error)) => return Err(error),
             Err(_) => {
                 let request = self.manifest_request(Step::PutManifest, Method::PUT, tag.as_str())?;
-                Err(self.error(ErrorKind::TimedOut, &request))
+                self.error(ErrorKind::TimedOut, &request)
             }
+        };
+        match self.head(tag.as_str()).await {
+            Ok(Some(present)) if present == manifest.digest => Ok(()),
+            Ok(Some(_)) => Err(error.of_existing_tag()),
+            _ => Err(error),
         }
     }
 
@@ -231,13 +259,25 @@ impl Repository {
                 .headers
                 .insert(RANGE, range.map_err(|_| self.error(ErrorKind::Malformed("range".into()), &request))?);
         }
-        let response = match self.execute(&request).await {
+        let ranged = match self.execute(&request).await {
             Err(error) if error.is_not_found() && descriptor.is_foreign() => {
-                self.foreign_blob(&request, descriptor, error).await?
+                self.foreign_blob(&request, descriptor, error).await
             }
-            response => response?,
+            response => response,
         };
-        let (total, skip) = self.check_range(&request, &response, offset)?;
+        let checked =
+            ranged.and_then(|response| Ok((self.check_range(&request, &response, descriptor, offset)?, response)));
+        let ((total, skip), response) = match checked {
+            // A range that is refused or answered with another one: then all of it, without what is there already.
+            Err(error)
+                if offset > 0 && (error.status_code() == 416 || matches!(error.kind, ErrorKind::Malformed(_))) =>
+            {
+                request.headers.remove(RANGE);
+                let response = self.execute(&request).await?;
+                (self.check_range(&request, &response, descriptor, offset)?, response)
+            }
+            checked => checked?,
+        };
         let integrity = |what: String| self.error(ErrorKind::Integrity(what), &request);
         if response.inner.headers().get(CONTENT_ENCODING).is_some_and(|encoding| encoding != "identity") {
             return Err(integrity("the registry encoded the blob although it was asked not to".into()));
@@ -264,11 +304,23 @@ impl Repository {
     }
 
     /// The size of the whole blob, and how many bytes of this answer to leave out because the range was ignored.
-    fn check_range(&self, request: &Request, response: &Response, offset: u64) -> Result<(u64, u64), Error> {
+    fn check_range(
+        &self,
+        request: &Request,
+        response: &Response,
+        blob: &Descriptor,
+        offset: u64,
+    ) -> Result<(u64, u64), Error> {
         let malformed = |what: &str| self.error(ErrorKind::Malformed(what.to_owned()), request);
         if response.inner.status() != StatusCode::PARTIAL_CONTENT {
-            let length = response.inner.content_length().ok_or_else(|| malformed("no Content-Length"))?;
+            // Sent in chunks it has no length; whether it has the promised one is seen at its end.
+            let length = response.inner.content_length();
+            let promised = Some(blob.size).filter(|size| *size != Descriptor::UNKNOWN_SIZE);
+            let length = length.or(promised).ok_or_else(|| malformed("no Content-Length"))?;
             return Ok((length, offset));
+        }
+        if offset == 0 {
+            return Err(malformed("a part where the whole was asked for"));
         }
         let range = content_range(response.inner.headers());
         let (start, total) = range.ok_or_else(|| malformed("no valid Content-Range"))?;

@@ -214,9 +214,6 @@ impl Repository {
                 return Ok(response);
             }
             let refuse = |why: &str| self.error(ErrorKind::RedirectRefused(why.to_owned()), request);
-            if request.method != Method::GET && request.method != Method::HEAD {
-                return Err(refuse("a write is not redirected"));
-            }
             redirects += 1;
             if redirects > MAX_REDIRECTS {
                 return Err(refuse("more than 5 in a row"));
@@ -226,6 +223,11 @@ impl Repository {
                 location.and_then(|location| url.join(location).ok()).ok_or_else(|| refuse("no valid Location"))?;
             if next.scheme() != "https" && next.scheme() != url.scheme() {
                 return Err(refuse("it leads from HTTPS to plain HTTP"));
+            }
+            let reads = request.method == Method::GET || request.method == Method::HEAD;
+            let keeps_the_method = matches!(response.inner.status().as_u16(), 307 | 308);
+            if !reads && !(keeps_the_method && next.origin() == url.origin()) {
+                return Err(refuse("a write goes to no other place"));
             }
             url = next;
         }
@@ -344,9 +346,24 @@ impl Repository {
         Ok(token)
     }
 
+    /// A token server may redirect on its own host, and nowhere else.
     async fn ask_for_token(&self, request: &Request, basic: Option<&Arc<Credential>>) -> Result<Response, Error> {
         let authorization = basic.map_or_else(Authorization::nothing, |credential| Authorization::basic(credential));
-        self.dispatch(request, request.url.clone(), &authorization).await
+        let mut url = request.url.clone();
+        for _ in 0..=MAX_REDIRECTS {
+            let response = self.dispatch(request, url.clone(), &authorization).await?;
+            let location = response.inner.headers().get(LOCATION).and_then(|value| value.to_str().ok());
+            let next = location.filter(|_| response.inner.status().is_redirection());
+            match next.and_then(|next| url.join(next).ok()) {
+                Some(next) if next.origin() == url.origin() => url = next,
+                Some(_) => {
+                    let why = "a token server leads to another host".to_owned();
+                    return Err(self.error(ErrorKind::RedirectRefused(why), request));
+                }
+                None => return Ok(response),
+            }
+        }
+        Err(self.error(ErrorKind::RedirectRefused("more than 5 in a row".to_owned()), request))
     }
 
     /// A `GET` with the query (distribution-spec, token authentication), or with a credential in it a `POST` with a form

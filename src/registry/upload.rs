@@ -134,12 +134,16 @@ impl Repository {
             }
         }
         if mount.is_some() && known.self_mounts() {
-            let request = self.upload_request(digest, Some(self.name()))?;
+            let mut request = self.upload_request(digest, Some(self.name()))?;
+            // A refusal may be about the form: it says nothing of the credential.
+            request.scope = Some(self.scope().clone());
             match self.start(&request, digest, false).await {
-                // What credentials do not allow is no matter of the form.
-                Err(error) if is_refused_mount(&error) && !matches!(error.status_code(), 401 | 403 | 404) => {
-                    tracing::debug!(%error, "uploads are opened without the attempt to mount at this registry");
+                Err(error) if is_refused_mount(&error) => {
+                    tracing::debug!(%error, "an upload is opened without the attempt to mount");
+                    let request = self.upload_request(digest, None)?;
+                    let started = self.start(&request, digest, false).await?;
                     known.self_mounts_useless();
+                    return Ok(started);
                 }
                 result => return result,
             }
@@ -197,7 +201,17 @@ impl Upload {
         let mut request = self.request(Method::PUT, true);
         request.headers.insert(CONTENT_TYPE, OCTETS);
         request.body = bytes;
-        self.repository.execute_once(&request).await.map(|_| ())
+        let response = self.repository.execute_once(&request).await?;
+        self.check_committed(&request, response.inner.status())
+    }
+
+    /// Registries answer 201, old ones 204. What else is a success comes from somebody in between.
+    fn check_committed(&self, request: &Request, status: StatusCode) -> Result<(), Error> {
+        if matches!(status, StatusCode::CREATED | StatusCode::NO_CONTENT) {
+            return Ok(());
+        }
+        let what = format!("{} to the end of an upload", status.as_u16());
+        Err(self.repository.error(ErrorKind::Malformed(what), request))
     }
 
     /// Commits what has been sent. An answer that gets lost leaves the outcome unknown.
@@ -267,6 +281,9 @@ impl Upload {
         if !response.inner.status().is_success() {
             return Err(repository.status_error(&request, response).await);
         }
+        if request.method == Method::PUT {
+            self.check_committed(&request, response.inner.status())?;
+        }
         self.moved(&request, &response)?;
         Ok(response.inner.headers().clone())
     }
@@ -313,20 +330,32 @@ impl Upload {
     /// registries know the session only by a newer one.
     pub(super) async fn cancel(&self) {
         let cancel = async {
-            let mut status = self.request(Method::GET, false);
-            status.step = Step::CancelUpload;
-            match self.repository.execute_once(&status).await {
-                Ok(response) => self.moved(&status, &response).unwrap_or_default(),
-                Err(error) if error.is_not_found() => return,
-                Err(_) => {}
-            }
-            let mut delete = self.request(Method::DELETE, false);
-            delete.step = Step::CancelUpload;
-            if let Err(error) = self.repository.execute_once(&delete).await {
+            // Bytes that were under way may arrive in between, and make the location an old one.
+            let result = match self.give_up().await {
+                Err(error) if error.status_code() == 416 => self.give_up().await,
+                result => result,
+            };
+            if let Err(error) = result {
                 tracing::debug!(%error, "an upload session was left to expire");
             }
         };
         let _ = timeout(CANCEL_TIMEOUT, cancel).await;
+    }
+
+    async fn give_up(&self) -> Result<(), Error> {
+        let mut status = self.request(Method::GET, false);
+        status.step = Step::CancelUpload;
+        // What is refused here says nothing of the credential.
+        status.scope = Some(self.repository.scope().clone());
+        match self.repository.execute_once(&status).await {
+            Ok(response) => self.moved(&status, &response)?,
+            Err(error) if error.is_not_found() => return Ok(()),
+            Err(_) => {}
+        }
+        let mut delete = self.request(Method::DELETE, false);
+        delete.step = Step::CancelUpload;
+        delete.scope = Some(Scope::Delete(self.repository.name().clone()));
+        self.repository.execute_once(&delete).await.map(|_| ())
     }
 
     /// Takes over the location that an answer names.

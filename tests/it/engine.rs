@@ -222,7 +222,7 @@ async fn a_download_that_stalls_is_continued_while_the_upload_stays_open() -> Re
     let get = Matcher::new().method("GET").route(Route::Blob).reference(&layer.unwrap_or_default());
     source.rule(get.clone().times(1), Action::StallResponseBody { after: 1_000_000 });
     let repository = bench.repository("agent");
-    let report = crate::faults::copy(bench.env, source.registry(), target.registry(), &repository, &repository).await?;
+    let report = crate::cases::copy(bench.env, source.registry(), target.registry(), &repository, &repository).await?;
     ensure!(report.failed().next().is_none() && bench.holds("agent", "1", &image).await?, "{report:?}");
     ensure!(source.count(&get) == 2, "it was read {} times", source.count(&get));
     let uploads = target.count(&Matcher::new().method("PUT").route(Route::Upload));

@@ -5,6 +5,8 @@
 
 mod bad_input;
 mod boundaries;
+mod cases;
+mod catalogue;
 mod engine;
 mod faults;
 mod lifecycle;

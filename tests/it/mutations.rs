@@ -2,7 +2,6 @@
 //! wrong type, HTML, encoded. The tag at the target never changes, and the reason says integrity or refused.
 
 use anyhow::{Context as _, Result, ensure};
-use futures::{StreamExt as _, stream};
 use imagemirror::reason::Reason;
 use testenv::{
     Env,
@@ -10,9 +9,8 @@ use testenv::{
     proxy::{Action, Matcher, Proxy},
 };
 
-use crate::faults::copy;
+use crate::cases::{copy, side_by_side};
 
-const AT_ONCE: usize = 8;
 const HTML: &str = "<!DOCTYPE html><title>Sign in to the network</title>";
 
 /// What is done to the answer with this content, and which reasons are right for it.
@@ -51,9 +49,8 @@ fn mutations(content: &Content, other: &Content, is_manifest: bool) -> Vec<(Stri
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_answer_that_is_not_what_it_should_be_never_moves_the_tag() -> Result<()> {
-    let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
-    let env = Env::get();
-    let prefix = format!("mutations-{:06x}", fastrand::u32(..0x100_0000));
+    let env = crate::cases::env();
+    let prefix = crate::cases::prefix("mutations");
     let repository = format!("{prefix}/agent");
     let (old, new) =
         (Image::single(211, &[10]), Image::multi_arch(212, &[1_100_000, 3_000], &["linux/amd64", "linux/arm64"]));
@@ -74,44 +71,33 @@ async fn an_answer_that_is_not_what_it_should_be_never_moves_the_tag() -> Result
             cases.push((cases.len(), what, content.digest.clone(), action, reasons));
         }
     }
-    let total = cases.len();
-    ensure!(total >= 200, "only {total} cases");
-    let failed: Vec<String> = stream::iter(cases)
-        .map(|(number, what, reference, action, reasons)| {
-            let (to, repository, old) = (format!("{prefix}/case-{number}"), repository.clone(), old.clone());
-            async move {
-                let case = one_mutation(env, &repository, &to, &old, &reference, action, reasons);
-                let outcome = tokio::time::timeout(crate::support::PATIENCE, case).await;
-                outcome.context("it hangs").and_then(|outcome| outcome).context(what)
-            }
-        })
-        .buffer_unordered(AT_ONCE)
-        .filter_map(|outcome| async { outcome.err().map(|error| format!("{error:#}")) })
-        .collect()
-        .await;
-    ensure!(failed.is_empty(), "{} of {total} cases failed:\n{}", failed.len(), failed.join("\n"));
-    Ok(())
+    ensure!(cases.len() >= 200, "only {} cases", cases.len());
+    let cases = cases.into_iter().map(|(number, what, reference, action, reasons)| {
+        let to = format!("{prefix}/case-{number}");
+        (what, one_mutation(env, &repository, to, &old, reference, action, reasons))
+    });
+    side_by_side(cases).await
 }
 
 async fn one_mutation(
     env: &Env,
     repository: &str,
-    to: &str,
+    to: String,
     old: &Image,
-    reference: &str,
+    reference: String,
     action: Action,
     reasons: &[Reason],
 ) -> Result<()> {
     let at_target = testenv::Client::new(env, &env.target)?;
     let expected = (reference != "1").then(|| old.digest());
     if expected.is_some() {
-        at_target.push(to, "1", old).await?;
+        at_target.push(&to, "1", old).await?;
     }
     let source = Proxy::to(env, &env.source).start().await?;
     let target = Proxy::to(env, &env.target).start().await?;
-    source.rule(Matcher::new().method("GET").repository(repository).reference(reference), action);
-    let report = copy(env, source.registry(), target.registry(), repository, to).await?;
-    let tag = at_target.digest_of(to, "1").await?;
+    source.rule(Matcher::new().method("GET").repository(repository).reference(&reference), action);
+    let report = copy(env, source.registry(), target.registry(), repository, &to).await?;
+    let tag = at_target.digest_of(&to, "1").await?;
     ensure!(tag.as_deref() == expected, "the tag is {tag:?}");
     ensure!(target.violations().is_empty(), "{:?}", target.violations());
     let (_, failure) = report.failed().next().context("it was taken for good")?;

@@ -1,0 +1,127 @@
+//! Hosts that are no registries. One only listens: it keeps the first bytes that every connection sends and closes it;
+//! what it has not heard has not been sent.
+
+use std::{
+    net::SocketAddr,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use anyhow::Result;
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpListener,
+    task::{JoinHandle, JoinSet},
+};
+
+/// A running listener; dropping it stops it.
+pub(super) struct Listener {
+    address: SocketAddr,
+    heard: Arc<Mutex<Vec<Vec<u8>>>>,
+    task: JoinHandle<()>,
+}
+
+impl Listener {
+    /// On an address of this machine.
+    pub(super) async fn at(address: &str) -> Result<Self> {
+        let listener = TcpListener::bind((address, 0)).await?;
+        let address = listener.local_addr()?;
+        let heard = Arc::<Mutex<Vec<Vec<u8>>>>::default();
+        let task = tokio::spawn(listen(listener, Arc::clone(&heard)));
+        Ok(Self { address, heard, task })
+    }
+
+    pub(super) fn host(&self) -> String {
+        self.address.to_string()
+    }
+
+    pub(super) fn port(&self) -> u16 {
+        self.address.port()
+    }
+
+    /// The first bytes of every connection.
+    pub(super) fn heard(&self) -> Vec<Vec<u8>> {
+        self.heard.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+/// A server without TLS whose answers begin and never come to the end of their head, a byte at a time.
+pub(super) async fn trickle() -> Result<(String, JoinSet<()>)> {
+    let listener = TcpListener::bind(("127.0.0.1", 0)).await?;
+    let host = listener.local_addr()?.to_string();
+    let mut tasks = JoinSet::new();
+    tasks.spawn(async move {
+        let mut connections = JoinSet::new();
+        while let Ok((mut stream, _)) = listener.accept().await {
+            connections.spawn(async move {
+                let mut every = tokio::time::interval(Duration::from_millis(20));
+                let head = b"HTTP/1.1 200 OK\r\nX-Slow: ".iter().chain(std::iter::repeat(&b'a'));
+                for byte in head {
+                    every.tick().await;
+                    if stream.write_all(&[*byte]).await.is_err() {
+                        return;
+                    }
+                }
+            });
+        }
+    });
+    Ok((host, tasks))
+}
+
+async fn listen(listener: TcpListener, heard: Arc<Mutex<Vec<Vec<u8>>>>) {
+    loop {
+        let Ok((mut stream, _)) = listener.accept().await else { continue };
+        let position = {
+            let mut heard = heard.lock().unwrap_or_else(PoisonError::into_inner);
+            heard.push(Vec::new());
+            heard.len() - 1
+        };
+        let mut bytes = vec![0; 8 << 10];
+        // A client that says nothing has been heard all the same.
+        if let Ok(Ok(count)) = tokio::time::timeout(Duration::from_secs(1), stream.read(&mut bytes)).await {
+            bytes.truncate(count);
+            heard.lock().unwrap_or_else(PoisonError::into_inner)[position] = bytes;
+        }
+    }
+}
+
+/// A second address of this machine for a server that has one already: `127.0.0.2:PORT`. Ends when it is dropped.
+pub(super) struct Relay {
+    address: SocketAddr,
+    task: JoinHandle<()>,
+}
+
+impl Relay {
+    pub(super) async fn to(host: &str) -> Result<Self> {
+        let listener = TcpListener::bind(("127.0.0.2", 0)).await?;
+        let address = listener.local_addr()?;
+        let host = host.to_owned();
+        let task = tokio::spawn(async move {
+            let mut connections = JoinSet::new();
+            while let Ok((mut near, _)) = listener.accept().await {
+                let host = host.clone();
+                connections.spawn(async move {
+                    let Ok(mut far) = tokio::net::TcpStream::connect(host).await else { return };
+                    let _ = tokio::io::copy_bidirectional(&mut near, &mut far).await;
+                });
+            }
+        });
+        Ok(Self { address, task })
+    }
+
+    pub(super) fn host(&self) -> String {
+        self.address.to_string()
+    }
+}
+
+impl Drop for Relay {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}

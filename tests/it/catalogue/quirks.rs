@@ -1,0 +1,157 @@
+//! What registries are known for beside the specification.
+
+use anyhow::{Result, ensure};
+use imagemirror::reason::Reason;
+use testenv::{
+    RegistryOptions, RegistryServer,
+    images::Image,
+    proxy::{Action, Matcher, Proxy, Route},
+    registry::Kind,
+};
+
+use super::bench::{
+    Bench, IMAGE, INDEX, Row,
+    Side::{Source, Target},
+    fault, get_manifest, head_manifest, large, lines, post, put_blob, put_blobs, put_manifest, refusal, row,
+};
+use crate::cases::{client, image, sync_with};
+
+pub(super) fn rows() -> Vec<Row> {
+    [mounts(), headers()].into_iter().flatten().collect()
+}
+
+fn mounts() -> Vec<Row> {
+    let is_mount = || Matcher::new().method("POST").route(Route::UploadStart).path_contains("mount=");
+    let mut rows =
+        vec![row("Q-mount-202", "a registry that never mounts is looked at before blobs are sent again", never_mounts)];
+    for (id, answer) in [
+        ("400", refusal(400, "UNSUPPORTED")),
+        ("401", refusal(401, "UNAUTHORIZED")),
+        ("403", refusal(403, "DENIED")),
+        ("404", refusal(404, "NAME_UNKNOWN")),
+        ("405", refusal(405, "UNSUPPORTED")),
+    ] {
+        let itself = fault(&format!("Q-mount-{id}"), "a registry that refuses to mount gets a plain POST")
+            .at(Target, is_mount(), answer.clone())
+            .seen(Target, post(), 4..=9)
+            .seen(Target, put_blobs(), 3..=3);
+        let other = row(
+            &format!("Q-mount-other-{id}"),
+            "a registry that refuses to mount from another repository is asked once",
+            // After 401 a fresh token may do.
+            move |bench| refuses_mounts(bench, answer, if id == "401" { 2 } else { 1 }),
+        );
+        rows.extend([Row::from(itself), other]);
+    }
+    rows
+}
+
+/// Two repositories with a layer in common, one after the other.
+async fn refuses_mounts(bench: Bench, answer: Action, most: usize) -> Result<()> {
+    let client = client();
+    let first = bench.beside("first");
+    bench.copied(&bench.copy_with(&client, &first).await?, &first, &IMAGE).await?;
+    bench.target.forget();
+    let from_first = format!("from={}", first.replace('/', "%2F"));
+    let mounts = Matcher::new().method("POST").path_contains(&from_first);
+    bench.target.rule(mounts.clone(), answer);
+    for to in [bench.to.clone(), bench.beside("third")] {
+        bench.copied(&bench.copy_with(&client, &to).await?, &to, &IMAGE).await?;
+    }
+    ensure!((1..=most).contains(&bench.target.count(&mounts)), "{}", lines(&bench.target));
+    Ok(())
+}
+
+/// Three tags of one image in one repository, one after the other.
+async fn never_mounts(bench: Bench) -> Result<()> {
+    let options =
+        RegistryOptions { name: "crane".to_owned(), kind: Kind::Crane, tls: false, ..RegistryOptions::default() };
+    let crane = RegistryServer::start(bench.env, options).await?;
+    let target = Proxy::to(bench.env, crane.registry()).label("target").start().await?;
+    let client = client();
+    for tag in ["1", "2", "3"] {
+        target.forget();
+        let source = crate::cases::access(bench.env, bench.source.registry())?;
+        let mut image = image(&source, &bench.repository, &bench.to)?;
+        image.target_tag = tag.parse()?;
+        let target = crate::cases::access(bench.env, target.registry())?;
+        let report = sync_with(&client, source, target, vec![image]).await?;
+        ensure!(report.failed().next().is_none(), "{report:?}");
+    }
+    let judge = testenv::Client::new(bench.env, crane.registry())?;
+    ensure!(judge.holds(&bench.to, "3", &IMAGE).await?, "the target does not hold the image");
+    ensure!(target.violations().is_empty(), "{:?}", target.violations());
+    ensure!(target.count(&put_blob(large())) == 0, "sent again:{}", lines(&target));
+    Ok(())
+}
+
+fn headers() -> Vec<Row> {
+    let without = |name: &str| Action::RemoveHeader(name.to_owned());
+    let manifests = || Matcher::new().route(Route::Manifest);
+    let mut rows: Vec<Row> = vec![
+        fault("Q-no-location", "an upload that opens without a location")
+            .at(Target, post(), without("location"))
+            .fails(&[Reason::TargetUnavailable])
+            .seen(Target, put_blobs(), 0..=0)
+            .into(),
+        fault("Q-no-location-put", "a blob that is taken without a location")
+            .at(Target, put_blobs(), without("location"))
+            .seen(Target, put_blobs(), 3..=3)
+            .into(),
+        fault("Q-no-digest", "a source that names no digest")
+            .at(Source, manifests(), without("docker-content-digest"))
+            .into(),
+        fault("Q-no-digest-old", "a source that names no digest with HEAD")
+            .old()
+            .at(Source, manifests(), without("docker-content-digest"))
+            .into(),
+        fault("Q-no-digest-index", "a source that names no digest, and an index")
+            .index()
+            .at(Source, manifests(), without("docker-content-digest"))
+            .into(),
+        fault("Q-no-digest-put", "a target that names no digest of what it took")
+            .at(Target, manifests().method("PUT"), without("docker-content-digest"))
+            .into(),
+        fault("Q-digest-put", "a target that took something else")
+            .at(
+                Target,
+                put_manifest(&INDEX.manifests[0].digest),
+                Action::set_header("Docker-Content-Digest", IMAGE.digest()),
+            )
+            .index()
+            .fails(&[Reason::IntegrityError])
+            .seen(Target, put_manifest("1"), 0..=0)
+            .into(),
+        fault("Q-type-parameters", "a Content-Type with parameters")
+            .at(
+                Source,
+                get_manifest("1"),
+                Action::set_header("Content-Type", &format!("{}; charset=utf-8", IMAGE.root.media_type)),
+            )
+            .into(),
+    ];
+    rows.push(row("Q-no-digest-same", "a target that names no digest with HEAD is read: nothing is written", same));
+    rows.push(row("Q-docker", "Docker's own types keep every byte", docker));
+    rows
+}
+
+async fn same(bench: Bench) -> Result<()> {
+    bench.at_target()?.push(&bench.to, "1", &IMAGE).await?;
+    bench.target.rule(head_manifest(), Action::RemoveHeader("docker-content-digest".to_owned()));
+    let report = bench.copy().await?;
+    bench.copied(&report, &bench.to, &IMAGE).await?;
+    ensure!(
+        bench.target.count(&post()) == 0 && bench.target.count(&put_manifest("1")) == 0,
+        "{}",
+        lines(&bench.target)
+    );
+    Ok(())
+}
+
+async fn docker(mut bench: Bench) -> Result<()> {
+    let image = Image::docker(431, &[100], &["linux/amd64", "linux/arm64"]);
+    bench.repository = bench.beside("docker");
+    testenv::Client::new(bench.env, &bench.env.source)?.push(&bench.repository, "1", &image).await?;
+    let report = bench.copy().await?;
+    bench.copied(&report, &bench.to, &image).await
+}

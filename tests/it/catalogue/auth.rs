@@ -12,10 +12,9 @@ use testenv::{
 use super::bench::{
     Bench, IMAGE, OLD, Row,
     Side::{Source, Target},
-    cut, fault, get_blob, get_manifest, head_manifest, large, lines, post_blob, put_blob, put_blobs, put_manifest,
-    refusal, row, small,
+    client, cut, fault, get_blob, get_manifest, head_manifest, large, lines, post_blob, put_blob, put_blobs,
+    put_manifest, refusal, row, small,
 };
-use crate::cases::client;
 
 pub(super) fn rows() -> Vec<Row> {
     [run_out(), token_servers(), refused(), left_alone(), limited()].into_iter().flatten().collect()
@@ -132,7 +131,7 @@ async fn token_server(bench: Bench, action: Action, is_once: bool, reasons: &'st
     let tokens = token_proxy(&bench, &bench.target).await?;
     let matcher = if is_once { Matcher::new().times(1) } else { Matcher::new() };
     tokens.rule(matcher, action);
-    let report = bench.copy().await?;
+    let report = bench.copy_with(&crate::cases::client(), &bench.to).await?;
     if reasons.is_empty() {
         return bench.copied(&report, &bench.to, &IMAGE).await;
     }

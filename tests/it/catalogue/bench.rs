@@ -4,11 +4,16 @@
 use std::{
     ops::RangeInclusive,
     sync::{Arc, LazyLock},
+    time::Duration,
 };
 
 use anyhow::{Context as _, Result, anyhow, ensure};
 use futures::future::LocalBoxFuture;
-use imagemirror::{reason::Reason, registry::Client, sync::SyncReport};
+use imagemirror::{
+    reason::Reason,
+    registry::{Client, ClientOptions},
+    sync::SyncReport,
+};
 use serde_json::json;
 use testenv::{
     Env, Registry, RegistryOptions, RegistryServer,
@@ -16,7 +21,7 @@ use testenv::{
     proxy::{Action, Close, Exchange, Matcher, Proxy, Route},
 };
 
-use crate::cases::{access, client, image, prefix, sync_with};
+use crate::cases::{access, image, prefix, sync_with};
 
 pub(super) const LARGE: usize = 1_300_000;
 const SMALL: usize = 3_000;
@@ -29,6 +34,22 @@ pub(super) static INDEX: LazyLock<Image> =
     LazyLock::new(|| Image::multi_arch(402, &[SMALL], &["linux/amd64", "linux/arm64"]));
 /// What the target has before.
 pub(super) static OLD: LazyLock<Image> = LazyLock::new(|| Image::single(403, &[10]));
+
+/// Times in which whatever is not meant to be slow has an answer, also on a busy machine.
+pub(super) fn options() -> ClientOptions {
+    options_with(Duration::from_secs(15))
+}
+
+fn options_with(patience: Duration) -> ClientOptions {
+    let mut options = crate::cases::options();
+    let timing = &mut options.timing;
+    (timing.head, timing.idle, timing.answer) = (patience, patience, patience);
+    options
+}
+
+pub(super) fn client() -> Client {
+    Client::new(options())
+}
 
 pub(super) fn large() -> &'static Content {
     layer(LARGE)
@@ -221,6 +242,7 @@ pub(super) struct Fault {
     reasons: &'static [Reason],
     seen: Vec<(Side, Matcher, RangeInclusive<usize>)>,
     most_sent: Option<u64>,
+    patience: Option<Duration>,
     in_any_order: bool,
 }
 
@@ -235,6 +257,7 @@ pub(super) fn fault(id: &str, what: &str) -> Fault {
         reasons: &[],
         seen: Vec::new(),
         most_sent: None,
+        patience: None,
         in_any_order: false,
     }
 }
@@ -276,6 +299,11 @@ impl Fault {
         Self { most_sent: Some(LARGE as u64), ..self }
     }
 
+    /// How long the client waits for an answer or a byte.
+    pub(super) fn patience(self, patience: Duration) -> Self {
+        Self { patience: Some(patience), ..self }
+    }
+
     /// The target says that it has what it has not.
     pub(super) fn in_any_order(self) -> Self {
         Self { in_any_order: true, ..self }
@@ -290,7 +318,8 @@ impl Fault {
         if self.before.is_some() {
             bench.push_old().await?;
         }
-        let report = bench.copy().await?;
+        let client = self.patience.map_or_else(client, |patience| Client::new(options_with(patience)));
+        let report = bench.copy_with(&client, &bench.to).await?;
         let checked = self.check(&bench, &report).await;
         checked
             .map_err(|error| anyhow!("{error:#}\n  source:{}\n  target:{}", lines(&bench.source), lines(&bench.target)))

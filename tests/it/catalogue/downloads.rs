@@ -195,10 +195,6 @@ fn slow() -> Vec<Row> {
             fault("R8-manifest", "a manifest that stops arriving")
                 .at(Source, get_manifest("1").skip(1).times(1), Action::StallResponseBody { after: 100 })
                 .seen(Source, get_manifest("1"), 2..=2),
-            fault("R8-always", "a blob that never arrives holds nobody for ever")
-                .at(Source, get_blob(large()), Action::StallResponseBody { after: 0 })
-                .fails(&[Reason::SourceUnavailable])
-                .seen(Source, get_blob(large()), 2..=6),
             fault("R8-put", "an upload that is not taken").at(Target, put_blob(large()).times(1), Action::Stall).seen(
                 Target,
                 put_blob(large()),
@@ -209,13 +205,20 @@ fn slow() -> Vec<Row> {
                 .seen(Target, put_blob(large()), 1..=1),
             fault("R8-tag", "a tag whose write is not answered").at(Target, put_manifest("1").times(1), Action::Stall),
         ];
-    let mut rows: Vec<Row> = stalls.map(Row::from).into();
+    // Longer than an honest answer takes.
+    let mut rows: Vec<Row> = stalls.map(|fault| fault.patience(Duration::from_secs(4)).into()).into();
+    let never = fault("R8-always", "a blob that never arrives holds nobody for ever")
+        .at(Source, get_blob(large()), Action::StallResponseBody { after: 0 })
+        .patience(Duration::from_secs(1))
+        .fails(&[Reason::SourceUnavailable])
+        .seen(Source, get_blob(large()), 2..=6);
+    rows.push(never.into());
     rows.push(row("R8-trickle", "a head that comes a byte at a time holds nobody for ever", trickles));
     rows
 }
 
 async fn trickles(bench: Bench) -> Result<()> {
-    let mut options = crate::cases::options();
+    let mut options = super::bench::options();
     options.timing.head = Duration::from_millis(300);
     let (host, _server) = super::listener::trickle().await?;
     let source = bench.env.open.at(&host);

@@ -11,11 +11,10 @@ use testenv::proxy::{Action, Matcher, Proxy, Route};
 use super::{
     auth::bearer,
     bench::{
-        Bench, IMAGE, OLD, Row, fault, get_blob, get_manifest, head_manifest, lines, post, put_blob, put_blobs,
-        put_manifest, row, small,
+        Bench, IMAGE, OLD, Row, fault, get_blob, get_manifest, head_manifest, lines, options, post, put_blob,
+        put_blobs, put_manifest, row, small,
     },
 };
-use crate::cases::options;
 
 const BLOCKED: &[Reason] = &[Reason::Blocked];
 

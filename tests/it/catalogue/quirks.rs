@@ -12,9 +12,9 @@ use testenv::{
 use super::bench::{
     Bench, IMAGE, INDEX, Row,
     Side::{Source, Target},
-    fault, get_manifest, head_manifest, large, lines, post, put_blob, put_blobs, put_manifest, refusal, row,
+    client, fault, get_manifest, head_manifest, large, lines, post, put_blob, put_blobs, put_manifest, refusal, row,
 };
-use crate::cases::{client, image, sync_with};
+use crate::cases::{image, sync_with};
 
 pub(super) fn rows() -> Vec<Row> {
     [mounts(), headers()].into_iter().flatten().collect()

@@ -7,10 +7,10 @@ use testenv::proxy::{Action, Close, Matcher, Route};
 use super::bench::{
     Bench, IMAGE, INDEX, OLD, Row,
     Side::{Source, Target},
-    cancel, fault, get_blob, head_manifest, large, lines, post, post_blob, put_blob, put_blobs, put_manifest, refusal,
-    row, small,
+    cancel, client, fault, get_blob, head_manifest, large, lines, post, post_blob, put_blob, put_blobs, put_manifest,
+    refusal, row, small,
 };
-use crate::cases::{access, client, image, sync_with};
+use crate::cases::{access, image, sync_with};
 
 pub(super) fn rows() -> Vec<Row> {
     [lost_sessions(), lost_answers(), lies(), immutable(), full()].into_iter().flatten().collect()

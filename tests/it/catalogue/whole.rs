@@ -15,11 +15,12 @@ use super::{
     bench::{
         Bench, IMAGE, INDEX, OLD, Row,
         Side::{Source, Target},
-        fault, get_blob, get_manifest, head_manifest, large, lines, post, put_blobs, put_manifest, refusal, row,
+        client, fault, get_blob, get_manifest, head_manifest, large, lines, post, put_blobs, put_manifest, refusal,
+        row,
     },
     listener::{Listener, Relay},
 };
-use crate::cases::{access, client, image, sync_from, sync_with};
+use crate::cases::{access, image, sync_from, sync_with};
 
 const HTML: &str = "<!DOCTYPE html><title>Sign in to the network</title>";
 

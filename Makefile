@@ -7,6 +7,7 @@ SHELL := bash
 # The static binary is built for this machine's own triple, named so that its flags do not reach build scripts.
 TRIPLE = $(shell rustc -vV | sed -n 's/^host: //p')
 TARGET_DIR = $(or $(CARGO_TARGET_DIR),target)
+STATIC = RUSTFLAGS="-C target-feature=+crt-static"
 BINARY = $(TARGET_DIR)/$(TRIPLE)/release/imagemirror
 
 CRD = crds/imagemirrors.imagemirror.dev.yaml
@@ -36,9 +37,19 @@ test: release ## Run every test against a real control plane and real registries
 	TESTENV=$(TARGET_DIR)/debug/testenv hack/image $(BINARY) $(TARGET_DIR)/image
 	$(TARGET_DIR)/debug/testenv up -- cargo test --workspace --locked
 
+# ROUNDS is how often each run is made, 5 by default. BENCH_PEERS names further peers as NAME=PROGRAM. WORKLOADS (W1, W2,
+# W1-far, W2-far) and CLIENTS measure a part of the whole, and write no file. DEADLINE is that of one run, in seconds.
+# TMPDIR: the registries' storage belongs into memory, because the noise of disks is larger than what is measured.
+.PHONY: bench
+bench: release ## Measure against crane, regsync and others, and write benches/RESULTS.md
+	$(STATIC) cargo build --release --locked -p imagemirror-bench --target $(TRIPLE)
+	$(if $(wildcard /dev/shm),TMPDIR=/dev/shm) $(TARGET_DIR)/$(TRIPLE)/release/imagemirror-bench run \
+	  --binary $(BINARY) --results benches/RESULTS.md $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(DEADLINE),--deadline $(DEADLINE)) \
+	  $(addprefix --peer ,$(BENCH_PEERS)) $(addprefix --workload ,$(WORKLOADS)) $(addprefix --client ,$(CLIENTS))
+
 .PHONY: release
 release: ## Build the static binary
-	RUSTFLAGS="-C target-feature=+crt-static" cargo build --release --locked --bin imagemirror --target $(TRIPLE)
+	$(STATIC) cargo build --release --locked --bin imagemirror --target $(TRIPLE)
 
 .PHONY: image
 image: release ## Assemble the container image in target/image/oci, without Docker

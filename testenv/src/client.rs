@@ -30,7 +30,12 @@ pub struct Client {
 
 impl Client {
     pub fn new(env: &Env, registry: &Registry) -> Result<Self> {
-        let http = http_client(&env.ca_pem, None)?;
+        Self::trusting(&env.ca_pem, registry)
+    }
+
+    /// One that trusts this authority, where there is no environment.
+    pub fn trusting(ca_pem: &str, registry: &Registry) -> Result<Self> {
+        let http = http_client(ca_pem, None)?;
         Ok(Self { http, registry: registry.clone(), tokens: Mutex::default() })
     }
 

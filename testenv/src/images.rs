@@ -33,6 +33,11 @@ impl Content {
         Self { digest: format!("sha512:{}", hex(&Sha512::digest(&self.bytes))), ..self.clone() }
     }
 
+    /// An OCI layer, not compressed.
+    pub fn layer(bytes: impl Into<Bytes>) -> Self {
+        Self::new(OCI.layer, bytes)
+    }
+
     #[must_use]
     pub fn descriptor(&self) -> Value {
         json!({ "mediaType": self.media_type, "digest": self.digest, "size": self.bytes.len() })
@@ -95,6 +100,12 @@ impl Image {
         image
     }
 
+    /// An OCI index with one manifest a platform, of the layers given for each: images may share them.
+    #[must_use]
+    pub fn of_layers(platforms: &[(&str, Vec<Content>)]) -> Self {
+        assemble(&OCI, platforms.iter().map(|(platform, layers)| part(&OCI, platform, layers.clone(), None)).collect())
+    }
+
     /// An OCI index of images that hold real programs: for each platform the files, as (path in the image, file here),
     /// one layer a file; the first one is the entry point.
     pub fn of_programs(platforms: &[(&str, &[(&str, &Path)])]) -> Result<Self> {
@@ -103,7 +114,7 @@ impl Image {
             let mut layers = Vec::new();
             for (path, file) in *files {
                 let bytes = std::fs::read(file).with_context(|| format!("read {}", file.display()))?;
-                layers.push(Content::new(OCI.layer, tar_of(path, &bytes)?));
+                layers.push(Content::layer(tar_of(path, &bytes)?));
             }
             let entry_point = files.first().map(|(path, _)| format!("/{path}"));
             parts.push(part(&OCI, platform, layers, entry_point.as_deref()));

@@ -87,23 +87,26 @@ impl Registry {
     /// All requests the server has answered so far, oldest first. Only distribution writes them, old and new.
     pub fn access_log(&self) -> Result<Vec<Access>> {
         let text = std::fs::read_to_string(&self.log).with_context(|| format!("read {}", self.log.display()))?;
-        Ok(text.lines().filter_map(parse_access).collect())
+        Ok(text.lines().filter_map(Access::parse).collect())
     }
 }
 
-/// Parses a line of Apache's combined format; anything else in the log is none.
-fn parse_access(line: &str) -> Option<Access> {
-    // host - user [time] "METHOD PATH HTTP/1.1" STATUS SIZE "referer" "user agent"
-    let mut quoted = line.split('"');
-    let _client = quoted.next()?;
-    let mut request = quoted.next()?.split(' ');
-    let (method, path, version) = (request.next()?, request.next()?, request.next()?);
-    if !version.starts_with("HTTP/") {
-        return None;
+impl Access {
+    /// Parses a line of Apache's combined format; anything else in the log is none.
+    #[must_use]
+    pub fn parse(line: &str) -> Option<Self> {
+        // host - user [time] "METHOD PATH HTTP/1.1" STATUS SIZE "referer" "user agent"
+        let mut quoted = line.split('"');
+        let _client = quoted.next()?;
+        let mut request = quoted.next()?.split(' ');
+        let (method, path, version) = (request.next()?, request.next()?, request.next()?);
+        if !version.starts_with("HTTP/") {
+            return None;
+        }
+        let status = quoted.next()?.split_whitespace().next()?.parse().ok()?;
+        let user_agent = quoted.nth(2).unwrap_or_default().to_owned();
+        Some(Self { method: method.to_owned(), path: path.to_owned(), status, user_agent })
     }
-    let status = quoted.next()?.split_whitespace().next()?.parse().ok()?;
-    let user_agent = quoted.nth(2).unwrap_or_default().to_owned();
-    Some(Access { method: method.to_owned(), path: path.to_owned(), status, user_agent })
 }
 
 /// Which program.
@@ -179,7 +182,8 @@ impl RegistryServer {
         Self::start_in(&tools, &env.run_dir, &env.ca()?, options).await
     }
 
-    pub(crate) async fn start_in(tools: &Tools, run_dir: &Path, ca: &Ca, options: RegistryOptions) -> Result<Self> {
+    /// Starts a registry without an environment around it, as part of the run that `run_dir` is the directory of.
+    pub async fn start_in(tools: &Tools, run_dir: &Path, ca: &Ca, options: RegistryOptions) -> Result<Self> {
         let dir = tempfile::Builder::new()
             .prefix(&format!("{}-", options.name))
             .tempdir_in(run_dir)
@@ -250,6 +254,11 @@ impl RegistryServer {
     #[must_use]
     pub fn host(&self) -> &str {
         &self.registry.host
+    }
+
+    #[must_use]
+    pub fn pid(&self) -> i32 {
+        self.process.pid()
     }
 
     pub async fn stop(self) -> Result<()> {
@@ -377,10 +386,10 @@ mod tests {
     fn an_access_log_line_is_parsed_and_others_are_not() {
         let line =
             r#"127.0.0.1 - - [21/Nov/2026:10:00:00 +0000] "GET /v2/a/tags/list?n=1 HTTP/1.1" 404 52 "" "x/1 (y)""#;
-        let access = parse_access(line).unwrap();
+        let access = Access::parse(line).unwrap();
         assert_eq!((access.method.as_str(), access.path.as_str()), ("GET", "/v2/a/tags/list?n=1"));
         assert_eq!((access.status, access.user_agent.as_str()), (404, "x/1 (y)"));
-        assert_eq!(parse_access(r#"time="2026" level=info msg="response completed" a.b="c""#), None);
+        assert_eq!(Access::parse(r#"time="2026" level=info msg="response completed" a.b="c""#), None);
     }
 
     #[test]

@@ -43,8 +43,9 @@ pub fn tools() -> Result<u8> {
     })
 }
 
-/// Runs `work` with a run directory and a guard, until it ends or a signal comes.
-pub(crate) fn session(work: impl AsyncFnOnce(&Path) -> Result<u8>) -> Result<u8> {
+/// Runs `work` with a run directory and a guard, until it ends or a signal comes. The program that calls it must run
+/// [`guard::run`] when its one argument is `guard`. The directory stays where `work` failed.
+pub fn session(work: impl AsyncFnOnce(&Path) -> Result<u8>) -> Result<u8> {
     let (run_dir, guard) = start_guard()?;
     guard::attach(&run_dir);
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;

@@ -44,9 +44,11 @@ const MODULES: [Module; 4] = [
             program("registry", "github.com/distribution/distribution/v3/cmd/registry"),
             program("crane", "github.com/google/go-containerregistry/cmd/crane"),
             program("olareg", "github.com/olareg/olareg/cmd/olareg"),
+            program("regctl", "github.com/regclient/regclient/cmd/regctl"),
+            program("regsync", "github.com/regclient/regclient/cmd/regsync"),
         ],
         ldflags: "-s -w",
-        takes: "1 minute",
+        takes: "2 minutes",
     },
     Module {
         name: "registry2",
@@ -91,8 +93,17 @@ impl Tools {
 
 /// Finds or builds every program and makes a directory of links to them in the cache.
 pub async fn find_all() -> Result<Tools> {
+    find_modules(MODULES.iter().collect()).await
+}
+
+/// The same for the registries and their clients alone: nothing of Kubernetes is built.
+pub async fn find_registries() -> Result<Tools> {
+    find_modules(MODULES.iter().filter(|module| module.name == "registries").collect()).await
+}
+
+async fn find_modules(modules: Vec<&Module>) -> Result<Tools> {
     let mut found = Vec::new();
-    for module in &MODULES {
+    for module in modules {
         found.extend(find(module).await?);
     }
     let mut hash = DefaultHasher::new();

@@ -24,8 +24,12 @@ use tokio_util::sync::CancellationToken;
 const AT_ONCE: usize = 8;
 
 pub(crate) fn access(env: &Env, registry: &Registry) -> Result<Access> {
-    let credentials = CredentialStore::from_docker_config_json(registry.dockerconfigjson().as_bytes(), "the test")?;
-    let transport = Transport { ca: Some(env.ca_pem.clone().into_bytes().into()), ..Transport::default() };
+    let credentials = match registry.username {
+        Some(_) => CredentialStore::from_docker_config_json(registry.dockerconfigjson().as_bytes(), "the test")?,
+        None => CredentialStore::default(),
+    };
+    let ca = Some(env.ca_pem.clone().into_bytes().into());
+    let transport = Transport { plain_http: !registry.tls, ca, ..Transport::default() };
     Ok(Access { host: registry.host.parse()?, transport, credentials })
 }
 

@@ -5,8 +5,10 @@
 
 mod bad_input;
 mod boundaries;
+mod direct;
 mod engine;
 mod faults;
+mod forms;
 mod lifecycle;
 mod main_job;
 mod mutations;

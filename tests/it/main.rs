@@ -13,5 +13,6 @@ mod lifecycle;
 mod main_job;
 mod mutations;
 mod packaging;
+mod referrers;
 mod secrecy;
 mod support;

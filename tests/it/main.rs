@@ -13,6 +13,7 @@ mod lifecycle;
 mod main_job;
 mod mutations;
 mod packaging;
+mod platforms;
 mod referrers;
 mod secrecy;
 mod support;

@@ -103,8 +103,11 @@ struct Version {
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Typed {
-    media_type: String,
+    media_type: Option<String>,
 }
+
+/// The fields of which every manifest has one.
+const NAMING_FIELDS: [&str; 5] = ["config", "layers", "blobs", "manifests", "fsLayers"];
 
 /// `index.json`, entries and unknown fields as they are.
 #[derive(Deserialize, Serialize)]
@@ -254,20 +257,29 @@ impl LayoutRepository {
     /// The manifest of a tag or digest. One by digest has the media type that it says it has, if any.
     pub(super) async fn manifest(&self, reference: &str) -> Result<RawManifest, Error> {
         let failed = |error| self.failed(error, Step::GetManifest, reference);
-        let (digest, media_type) = match reference.parse::<Digest>() {
-            Ok(digest) => (digest, None),
-            Err(_) => match self.entry(reference, Step::GetManifest).await? {
+        let by_digest = reference.parse::<Digest>().ok();
+        let is_by_digest = by_digest.is_some();
+        let (digest, media_type) = match by_digest {
+            Some(digest) => (digest, None),
+            None => match self.entry(reference, Step::GetManifest).await? {
                 Some(entry) => (entry.digest, Some(entry.media_type)),
                 None => return Err(failed(io::ErrorKind::NotFound.into())),
             },
         };
-        let bytes = self.layout.read(&self.layout.blob_path(&digest), MAX_MANIFEST).await.map_err(failed)?;
+        let read = self.layout.read(&self.layout.blob_path(&digest), MAX_MANIFEST).await;
+        let bytes = read.map_err(|error| match error.kind() {
+            io::ErrorKind::FileTooLarge if is_by_digest => self.not_a_manifest(reference).caused_by(error),
+            _ => failed(error),
+        })?;
         let found = Digest::of(digest.algorithm(), &bytes);
         if found != digest {
             let what = format!("the file has the digest {found}");
             return Err(self.error(ErrorKind::Integrity(what), Step::GetManifest, reference));
         }
-        let own = || serde_json::from_slice::<Typed>(&bytes).map(|typed| typed.media_type).ok();
+        if is_by_digest && !is_manifest(&bytes) {
+            return Err(self.not_a_manifest(reference));
+        }
+        let own = || serde_json::from_slice::<Typed>(&bytes).ok()?.media_type;
         let media_type = media_type.or_else(own).unwrap_or_default();
         Ok(RawManifest { bytes, media_type, digest })
     }
@@ -360,6 +372,11 @@ impl LayoutRepository {
         descriptor.map(Some).map_err(|error| self.failed(error.into(), step, tag))
     }
 
+    /// What a registry says of a digest that is a blob's: manifests and blobs are files side by side here.
+    fn not_a_manifest(&self, reference: &str) -> Error {
+        self.error(ErrorKind::Missing, Step::GetManifest, reference)
+    }
+
     fn full_name(&self, tag: &str) -> String {
         format!("{}/{}:{tag}", self.host, self.name)
     }
@@ -378,9 +395,30 @@ impl LayoutRepository {
     }
 }
 
+/// Whether the bytes can be a manifest, which an index may list beside blobs.
+fn is_manifest(bytes: &[u8]) -> bool {
+    let fields: Result<Map<String, Value>, _> = serde_json::from_slice(bytes);
+    fields.is_ok_and(|fields| NAMING_FIELDS.iter().any(|name| fields.contains_key(*name)))
+}
+
 /// The whole name that an entry of `index.json` has.
 fn name_of(entry: &Value) -> Option<&str> {
     let annotations = entry.get("annotations")?;
     let name = |key| annotations.get(key).and_then(Value::as_str);
     name(REF_NAME).filter(|name| name.contains('/')).or_else(|| name(CONTAINERD_NAME))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_names_content_can_be_a_manifest() {
+        for yes in [r#"{"manifests":[]}"#, r#"{"fsLayers":[]}"#, r#"{"config":{},"layers":[]}"#] {
+            assert!(is_manifest(yes.as_bytes()), "{yes}");
+        }
+        for no in ["", "{}", "[]", "\u{1}\u{2}", r#"{"spdxVersion":"SPDX-2.3"}"#] {
+            assert!(!is_manifest(no.as_bytes()), "{no}");
+        }
+    }
 }

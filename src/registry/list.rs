@@ -79,8 +79,9 @@ impl Repository {
         };
         match self.pages(request.clone(), MAX_PAGES, take).await {
             Ok(_) => {}
-            // Registries without the API answer what they answer for any path they do not know.
-            Err(error) if is_no_api(&error) && known.referrers_api().is_none() => {
+            // Registries without the API answer what they answer for any path they do not know. Another answer of this
+            // kind may have come first.
+            Err(error) if is_no_api(&error) && known.referrers_api() != Some(true) => {
                 tracing::debug!(%error, "there is no referrers API here");
                 known.learn_referrers_api(false);
                 return Ok(None);

@@ -110,8 +110,26 @@ pub(super) async fn sync_image(
         Some(root) => root,
         None => read(wanted.take(), &source_digest, image, source).await?,
     };
-    copy(run, source, &target.repository, &root, &tag, &request.options).await?;
+    let copied = copy(run, source, &target.repository, &root, &tag, &request.options).await;
+    if let Err(error) = copied {
+        return Err(explained(error, source, &root, &tag).await.into());
+    }
     Ok(Outcome { digest: root.manifest.digest, source_digest, action })
+}
+
+/// What the target's refusal of a manifest means, by a look at the manifest.
+async fn explained(error: CopyError, source: &Source, root: &Root, tag: &Tag) -> CopyError {
+    let Some(reference) = error.refused_manifest() else { return error };
+    let manifest = if reference == tag.as_str() {
+        Some(root.manifest.clone())
+    } else {
+        // A tag of something attached, or of a rewritten index, is not there.
+        source.manifest(reference).await.ok()
+    };
+    match manifest {
+        Some(manifest) => error.about(&manifest),
+        None => error,
+    }
 }
 
 /// What is copied: all of it, or some platforms.

@@ -13,7 +13,7 @@ use super::{
     run::{Run, SourceTags},
 };
 use crate::{
-    oci::{Child, Digest, ManifestError, RawDescriptor, RawIndex, Tag, media_type},
+    oci::{Child, Digest, ManifestError, RawDescriptor, RawIndex, RawManifest, Tag, media_type},
     registry::Source,
 };
 
@@ -139,6 +139,19 @@ impl Walk<'_> {
             self.child(&Child::Manifest(entry.descriptor.clone()), depth + 1, false).await?;
         }
         self.target.lists_referrers(digest).await.map_err(CopyError::target)
+    }
+
+    /// Lists an artifact that is copied for itself under its subject, where the target does not do so.
+    pub(super) async fn list_by_subject(&self, manifest: &RawManifest) -> Result<(), CopyError> {
+        if !manifest.has_subject() {
+            return Ok(());
+        }
+        let found = RawDescriptor::of_attached(manifest).map_err(|error| self.refused(&manifest.digest, error))?;
+        let Some((subject, entry)) = found else { return Ok(()) };
+        if self.target.lists_referrers(&subject).await.map_err(CopyError::target)? {
+            return Ok(());
+        }
+        self.list(&subject, &[&entry]).await
     }
 
     /// Lists entries under the fallback tag of `subject` at the target, beside those that are there.

@@ -46,7 +46,8 @@ pub async fn copy(
     };
     let ((), attached) = try_join(walk.children(&root.manifest, 0, false), attached).await?;
     walk.copy_attached(&root.source_digest, &attached, 0).await?;
-    walk.put_tag_resending(tag, &root.manifest, 0).await
+    walk.put_tag_resending(tag, &root.manifest, 0).await?;
+    walk.list_by_subject(&root.manifest).await
 }
 
 /// Copies what has been attached to an image since it was copied.

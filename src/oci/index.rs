@@ -48,6 +48,27 @@ struct Rest {
     annotations: Option<BTreeMap<String, String>>,
 }
 
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct AttachedManifest {
+    subject: Option<Descriptor>,
+    artifact_type: Option<String>,
+    config: Option<Descriptor>,
+    annotations: Option<BTreeMap<String, String>>,
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Entry<'a> {
+    media_type: &'a str,
+    digest: &'a Digest,
+    size: usize,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    artifact_type: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    annotations: Option<BTreeMap<String, String>>,
+}
+
 impl RawIndex {
     /// Reads an index. Whether it can be copied is checked elsewhere
     /// ([`RawManifest::children`](super::RawManifest::children)).
@@ -84,6 +105,22 @@ impl RawIndex {
 }
 
 impl RawDescriptor {
+    /// What a manifest with a subject is attached to, and how it is listed there (distribution-spec, "Listing referrers":
+    /// its type and its annotations are repeated). `None` if it has no subject.
+    pub fn of_attached(manifest: &RawManifest) -> Result<Option<(Digest, Self)>, serde_json::Error> {
+        let attached: AttachedManifest = serde_json::from_slice(&manifest.bytes)?;
+        let Some(subject) = attached.subject else { return Ok(None) };
+        let artifact_type = attached.artifact_type.or(attached.config.map(|config| config.media_type));
+        let entry = Entry {
+            media_type: &manifest.media_type,
+            digest: &manifest.digest,
+            size: manifest.bytes.len(),
+            artifact_type: artifact_type.filter(|found| !found.is_empty()),
+            annotations: attached.annotations,
+        };
+        Ok(Some((subject.digest, Self::parse(to_raw_value(&entry)?)?)))
+    }
+
     /// Reads a descriptor.
     pub fn parse(raw: Box<RawValue>) -> Result<Self, serde_json::Error> {
         let descriptor = serde_json::from_str(raw.get())?;
@@ -182,6 +219,26 @@ mod tests {
         assert_eq!((&other.descriptor.digest, other.descriptor.size), (&content.digest, 2));
         assert_eq!(other.platform.unwrap().architecture, "arm64");
         assert!(other.raw.get().starts_with(r#"{"size":2,"digest":"#), "{}", other.raw);
+    }
+
+    #[test]
+    fn what_has_a_subject_is_listed_with_its_type_and_its_annotations() {
+        let text = format!(
+            r#"{{"subject":{},"config":{},"annotations":{{"k":"v"}}}}"#,
+            entry('a', ""),
+            entry('b', "").replace("application/x", "application/y")
+        );
+        let manifest = RawManifest {
+            bytes: text.clone().into(),
+            media_type: media_type::OCI_MANIFEST.into(),
+            digest: Digest::sha256(text.as_bytes()),
+        };
+        let (subject, listed) = RawDescriptor::of_attached(&manifest).unwrap().unwrap();
+        assert_eq!(subject.hex(), "a".repeat(64));
+        assert_eq!(listed.artifact_type.as_deref(), Some("application/y"));
+        assert_eq!((listed.descriptor.size, &listed.annotations["k"][..]), (text.len() as u64, "v"));
+        let plain = RawManifest { bytes: "{}".into(), ..manifest };
+        assert!(RawDescriptor::of_attached(&plain).unwrap().is_none());
     }
 
     #[test]

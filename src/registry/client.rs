@@ -118,7 +118,7 @@ struct Inner {
 }
 
 /// All small blobs that are in memory at one time, in bytes.
-const SMALL_BLOBS_IN_MEMORY: u32 = 16 << 20;
+const SMALL_BLOBS_IN_MEMORY: u32 = 6 << 20;
 
 /// A registry with the credential that it is shown, and a blob: two tenants share what they know only if both are equal.
 type Holding = ((String, Option<Digest>), Digest);

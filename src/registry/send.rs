@@ -127,7 +127,10 @@ impl Repository {
                 return Err(error);
             }
             tracing::debug!(%error, retries, "repeating a request");
-            self.back_off(retries).await;
+            // A connection that was kept may have been closed just then: that says nothing of the registry.
+            if retries > 0 || error.kind != ErrorKind::Interrupted {
+                self.back_off(retries).await;
+            }
             retries += 1;
         }
     }

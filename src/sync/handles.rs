@@ -113,6 +113,11 @@ impl TargetHandle {
         }
     }
 
+    /// Whether the tags that are wanted are likely to be there: the first one of many was.
+    pub(super) fn is_likely_complete(&self) -> bool {
+        matches!(self.listed.get(), Some(None))
+    }
+
     /// The tags, if they can be listed. A repository that does not exist has none.
     async fn list(&self) -> Option<HashSet<Tag>> {
         match self.repository.tags(MAX_PAGES).await {

@@ -147,7 +147,8 @@ async fn read(
 }
 
 /// What the target has and what is wanted, in the fewest requests: a pinned digest needs the target's HEAD alone; a
-/// tag that is expected to be there a HEAD on each side at once; one that is not there no HEAD at the source, because
+/// tag that is expected to be there, as it was after the last run or as others of the repository are, a HEAD on each side
+/// at once; one that is not there no HEAD at the source, because
 /// the GET that must follow gives the digest.
 async fn look(
     image: &ImageRequest,
@@ -169,7 +170,7 @@ async fn look(
             ))
         })
     };
-    if image.last.is_some() {
+    if image.last.is_some() || target.is_likely_complete() {
         let at_target = async { target.repository.head(target_tag.as_str()).await.map_err(CopyError::target) };
         let (present, wanted) = futures::future::join(at_target, at_source).await;
         return Ok((present?, Wanted::Digest(wanted?)));

@@ -8,6 +8,7 @@ mod boundaries;
 mod cases;
 mod catalogue;
 mod direct;
+mod economy;
 mod engine;
 mod faults;
 mod forms;

@@ -1,13 +1,13 @@
 //! The copy engine through the command line: the same `sync()` as the operator's, without Kubernetes.
 
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
 use testenv::{
     Env, Registry,
     images::Image,
-    proxy::{Action, Close, Matcher, Proxy, Route},
+    proxy::{Action, Close, Gate, Matcher, Proxy, Route},
 };
 
 /// A repository prefix, and a spec written to a file.
@@ -381,7 +381,7 @@ async fn a_layer_that_two_images_share_is_sent_once_and_mounted() -> Result<()> 
     let target = Proxy::to(bench.env, &bench.env.target).start().await?;
     // One after the other: the second finds what the first has brought.
     let file = bench.file(&bench.env.source, target.registry(), &[("agent", &["1"]), ("cluster-agent", &["1"])])?;
-    let gate = testenv::proxy::Gate::new();
+    let gate = Gate::new();
     target.rule(Matcher::new().repository(&bench.repository("cluster-agent")), Action::Gate(gate.clone()));
     let sync = tokio::process::Command::from(imagemirror(&["sync", "-o", "json", "-f"])).arg(file).output();
     let first = Matcher::new().method("PUT").route(Route::Manifest).repository(&bench.repository("agent"));
@@ -397,5 +397,44 @@ async fn a_layer_that_two_images_share_is_sent_once_and_mounted() -> Result<()> 
     let totals = &report["mirrors"][0]["totals"];
     ensure!(totals["blobsMounted"] == 1 && totals["blobsCopied"] == 3, "{totals}");
     ensure!(bench.holds("agent", "1", &image).await? && bench.holds("cluster-agent", "1", &image).await?);
+    Ok(())
+}
+
+/// Killed where it hurts: before and after the registry has done its part of a step. What is at the target then is
+/// completed by the next run, and no manifest ever stands before its children.
+#[tokio::test]
+async fn a_sync_that_is_killed_anywhere_is_completed_by_the_next_one() -> Result<()> {
+    let image = Image::multi_arch(71, &[1_200_000, 3_000], &["linux/amd64", "linux/arm64"]);
+    let put = || Matcher::new().method("PUT");
+    let child = &image.manifests[0].digest;
+    let places = [
+        ("an upload is opened", Matcher::new().method("POST").route(Route::UploadStart).skip(2)),
+        ("a blob is sent", put().route(Route::Upload)),
+        ("a manifest is put", put().route(Route::Manifest).reference(child)),
+        ("the tag is put", put().route(Route::Manifest).reference("1")),
+    ];
+    for (what, matcher) in places {
+        for is_after in [false, true] {
+            let bench = Bench::new("killed");
+            bench.push(&bench.env.source, "agent", "1", &image).await?;
+            let target = Proxy::to(bench.env, &bench.env.target).label("target").start().await?;
+            let gate = Gate::new();
+            let action = if is_after { Action::GateAnswer(gate.clone()) } else { Action::Gate(gate.clone()) };
+            target.rule(matcher.clone(), action);
+            let file = bench.file(&bench.env.source, target.registry(), &[("agent", &["1"])])?;
+            let mut command = tokio::process::Command::from(imagemirror(&["sync", "-f"]));
+            let mut running =
+                command.arg(file).kill_on_drop(true).stdout(Stdio::null()).stderr(Stdio::null()).spawn()?;
+            gate.arrived(1).await.context(what)?;
+            running.kill().await?;
+
+            target.clear();
+            gate.open();
+            let next = bench.sync(&bench.env.source, target.registry(), &[("agent", &["1"])]).await?;
+            ensure!(next.code() == Some(0), "{what}: {}", String::from_utf8_lossy(&next.output.stderr));
+            ensure!(bench.holds("agent", "1", &image).await?, "{what}: the target does not hold the image");
+            ensure!(target.violations().is_empty(), "{what}: {:?}", target.violations());
+        }
+    }
     Ok(())
 }

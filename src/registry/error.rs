@@ -351,7 +351,8 @@ struct EnvelopeError {
 pub(super) fn parse_envelope(body: &[u8]) -> (Option<String>, Option<String>) {
     let Ok(Envelope { errors }) = serde_json::from_slice(body) else { return (None, None) };
     let Some(first) = errors.into_iter().next() else { return (None, None) };
-    let is_code = |code: &String| code.len() <= 64 && code.bytes().all(|b| b.is_ascii_uppercase() || b == b'_');
+    let is_code =
+        |code: &String| (1..=64).contains(&code.len()) && code.bytes().all(|b| b.is_ascii_uppercase() || b == b'_');
     let message = first.message.map(|message| clean(&message)).filter(|message| !message.is_empty());
     (first.code.filter(is_code), message)
 }
@@ -412,6 +413,7 @@ mod tests {
         let (code, message) = parse_envelope(body);
         assert_eq!(code.as_deref(), Some("DENIED"));
         assert_eq!(message.as_deref(), Some("no access to https://x/y here"));
+        assert_eq!(parse_envelope(br#"{"errors":[{"code":"","message":"?"}]}"#), (None, None));
         assert_eq!(parse_envelope(b"<html>secret</html>"), (None, None));
     }
 

@@ -150,6 +150,10 @@ impl Child {
 }
 
 fn descriptor(field: &'static str, value: &Value) -> Result<Descriptor, ManifestError> {
+    // An array of the fields would be read too, and by nobody else.
+    if !value.is_object() {
+        return Err(ManifestError::Form(field));
+    }
     serde_json::from_value(value.clone()).map_err(|source| ManifestError::Descriptor { field, source })
 }
 
@@ -229,6 +233,7 @@ mod tests {
             r#"{"layers":{}}"#.to_owned(),
             r#"{"layers":[{"digest":"sha256:x","size":1}]}"#.to_owned(),
             r#"{"layers":[{"size":1}]}"#.to_owned(),
+            format!(r#"{{"layers":[["application/x","sha256:{}",3]]}}"#, "a".repeat(64)),
         ] {
             assert!(manifest(media_type::OCI_MANIFEST, &text).children().is_err(), "{text} was accepted");
         }

@@ -233,6 +233,7 @@ mod tests {
             r#"{"layers":{}}"#.to_owned(),
             r#"{"layers":[{"digest":"sha256:x","size":1}]}"#.to_owned(),
             r#"{"layers":[{"size":1}]}"#.to_owned(),
+            format!(r#"{{"layers":[{{"digest":"sha256:{}","size":{}}}]}}"#, "a".repeat(64), u64::MAX),
             format!(r#"{{"layers":[["application/x","sha256:{}",3]]}}"#, "a".repeat(64)),
         ] {
             assert!(manifest(media_type::OCI_MANIFEST, &text).children().is_err(), "{text} was accepted");

@@ -73,11 +73,15 @@ pub fn retry_after(headers: &HeaderMap, now: jiff::Timestamp) -> Option<Duration
 pub fn next_page(headers: &HeaderMap, page: &Url) -> Result<Option<Url>, String> {
     for value in headers.get_all(LINK).iter().filter_map(|value| value.to_str().ok()) {
         let Some(next) = links(value).into_iter().find(|(_, is_next)| *is_next) else { continue };
-        let Ok(url) = page.join(next.0) else { continue };
-        if url.origin() != page.origin() {
-            return Err(url.host_str().unwrap_or_default().to_owned());
+        let Ok(mut url) = page.join(next.0) else { continue };
+        // The origin of a `blob:` URL is that of the URL inside.
+        if url.origin() != page.origin() || url.scheme() != page.scheme() {
+            return Err(url.host_str().unwrap_or(url.scheme()).to_owned());
         }
-        return Ok(Some(url));
+        // Our login is sent with the request, not one that the registry writes into the address.
+        if url.set_username("").is_ok() && url.set_password(None).is_ok() {
+            return Ok(Some(url));
+        }
     }
     Ok(None)
 }
@@ -177,6 +181,7 @@ mod tests {
             r#"</first>; rel="first", </v2/a/tags/list?last=b&n=2>; title="x"; rel="prefetch next""#,
             r#"</v2/a/tags/list?last=b&n=2>; title="</x>; rel=prev, \"<"; rel="next""#,
             r#"</first>; title="a; rel=next", </v2/a/tags/list?last=b&n=2>; rel="next""#,
+            r#"<https://u:p@r.example/v2/a/tags/list?last=b&n=2>; rel="next""#,
         ] {
             assert_eq!(read(good), Ok(Some(next.clone())), "{good}");
         }
@@ -186,5 +191,6 @@ mod tests {
         }
         assert_eq!(read(r#"<https://evil.example/x>; rel="next""#), Err("evil.example".into()));
         assert_eq!(read(r#"<http://r.example/x>; rel="next""#), Err("r.example".into()));
+        assert_eq!(read(r#"<blob:https://r.example/x>; rel="next""#), Err("blob".into()));
     }
 }

@@ -18,6 +18,8 @@ pub fn parse_duration(text: &str) -> Option<Duration> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     #[test]
@@ -29,5 +31,20 @@ mod tests {
         }
         // The largest of that length is long, and no panic.
         assert!(parse_duration("999999999999999h").is_some());
+    }
+
+    proptest! {
+        #[test]
+        fn hours_minutes_and_seconds_add_up(hours in 0..10_000_u64, minutes in 0..100_u64, seconds in 0..1000_u64) {
+            let text = format!("{hours}h{minutes}m{seconds}s");
+            let expected = Duration::from_secs(hours * 3600 + minutes * 60 + seconds);
+            prop_assert_eq!(parse_duration(&text), Some(expected));
+        }
+
+        #[test]
+        fn any_text_is_read_or_refused(text in r"([0-9]{1,9}|[hmsnu\u{b5}\u{3bc}]|ms|\.|-|\+|e|\PC){0,10}") {
+            let read = parse_duration(&text);
+            prop_assert!(read.is_none() || !text.contains(['-', '+']), "{text} is {read:?}");
+        }
     }
 }

@@ -25,7 +25,10 @@ impl Challenge {
         let mut rest = header;
         let mut challenges = Vec::new();
         while let Some((scheme, after)) = token(rest) {
-            let (mut params, remaining) = parameters(after);
+            let (mut params, remaining) = match skip_token68(after) {
+                Some(remaining) => (BTreeMap::new(), remaining),
+                None => parameters(after),
+            };
             rest = remaining.trim_start_matches([' ', '\t', ',']);
             match scheme.to_ascii_lowercase().as_str() {
                 "basic" => challenges.push(Self::Basic),
@@ -57,6 +60,14 @@ fn token(text: &str) -> Option<(&str, &str)> {
     let text = text.trim_start_matches([' ', '\t', ',']);
     let end = text.find(|c| !is_token_char(c)).unwrap_or(text.len());
     (end > 0).then(|| text.split_at(end))
+}
+
+/// What follows a `token68` (RFC 9110, section 11.2), which is what `Negotiate` has in place of parameters.
+fn skip_token68(text: &str) -> Option<&str> {
+    let token = text.strip_prefix(' ')?.trim_start_matches(' ');
+    let after = token.trim_start_matches(|c: char| c.is_ascii_alphanumeric() || "-._~+/".contains(c));
+    let rest = after.trim_start_matches('=').trim_start_matches([' ', '\t']);
+    (after.len() < token.len() && (rest.is_empty() || rest.starts_with(','))).then_some(rest)
 }
 
 /// `name=value` pairs up to the next scheme, and what follows them. The first of two equal names counts.
@@ -110,6 +121,7 @@ mod tests {
             Challenge::parse(r#"Negotiate, Bearer realm="https://a/t" , Basic realm="b""#),
             [bearer("https://a/t", None), Challenge::Basic]
         );
+        assert_eq!(Challenge::parse("Negotiate basic/4==, Basic"), [Challenge::Basic]);
         assert_eq!(Challenge::parse("BEARER Realm=https://a/t, service=x"), [bearer("https://a/t", Some("x"))]);
         assert_eq!(Challenge::parse(r#"Bearer realm="a\"b""#), [bearer("a\"b", None)]);
     }

@@ -17,6 +17,8 @@
 
 mod challenge;
 mod credential;
+#[cfg(test)]
+mod properties;
 mod realm;
 mod store;
 mod token;

@@ -1,6 +1,6 @@
 //! Descriptors (image-spec, descriptor.md) and the media types that the engine knows by name.
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, de};
 
 use super::Digest;
 
@@ -31,7 +31,8 @@ pub struct Descriptor {
     pub media_type: String,
     /// The digest of the content.
     pub digest: Digest,
-    /// The length of the content in bytes.
+    /// The length of the content in bytes; the specification's type for it is `int64`.
+    #[serde(deserialize_with = "int64")]
     pub size: u64,
     /// Where else the content may be fetched: set for foreign layers.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -68,4 +69,13 @@ impl Descriptor {
             || self.media_type == "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip";
         is_type && !self.urls.is_empty()
     }
+}
+
+/// A larger number is refused: no other reader takes it, and the largest of `u64` stands for an unknown size here.
+fn int64<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
+    let number = u64::deserialize(deserializer)?;
+    if number > i64::MAX.cast_unsigned() {
+        return Err(de::Error::custom(format_args!("size {number} is larger than an int64")));
+    }
+    Ok(number)
 }

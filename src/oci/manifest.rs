@@ -150,6 +150,10 @@ impl Child {
 }
 
 fn descriptor(field: &'static str, value: &Value) -> Result<Descriptor, ManifestError> {
+    // An array of the fields would be read too, and by nobody else.
+    if !value.is_object() {
+        return Err(ManifestError::Form(field));
+    }
     let found: Descriptor =
         serde_json::from_value(value.clone()).map_err(|source| ManifestError::Descriptor { field, source })?;
     // The specification has signed sizes of 64 bits.
@@ -235,7 +239,8 @@ mod tests {
             r#"{"layers":{}}"#.to_owned(),
             r#"{"layers":[{"digest":"sha256:x","size":1}]}"#.to_owned(),
             r#"{"layers":[{"size":1}]}"#.to_owned(),
-            format!(r#"{{"layers":[{}]}}"#, a.replace(":3}", ":18446744073709551615}")),
+            format!(r#"{{"layers":[{{"digest":"sha256:{}","size":{}}}]}}"#, "a".repeat(64), u64::MAX),
+            format!(r#"{{"layers":[["application/x","sha256:{}",3]]}}"#, "a".repeat(64)),
         ] {
             assert!(manifest(media_type::OCI_MANIFEST, &text).children().is_err(), "{text} was accepted");
         }

@@ -17,6 +17,8 @@ mod index;
 mod manifest;
 mod name;
 mod platform;
+#[cfg(test)]
+mod properties;
 mod reference;
 mod strict_json;
 

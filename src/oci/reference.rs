@@ -54,10 +54,11 @@ impl FromStr for Reference {
     }
 }
 
-/// The first part is a host if it has a dot, a colon or an upper-case letter, or is `localhost`, as Docker reads it.
+/// The first part is a host if it has a dot or a colon, or is `localhost`, as Docker reads it. Docker takes one with an
+/// upper-case letter too; printed in lower case, as hosts are, it would be a repository of Docker Hub.
 fn split_host(path: &str) -> Result<(Host, String), NameError> {
     if let Some((first, rest)) = path.split_once('/')
-        && (first.contains(['.', ':', '[']) || first == "localhost" || first.bytes().any(|b| b.is_ascii_uppercase()))
+        && (first.contains(['.', ':', '[']) || first.eq_ignore_ascii_case("localhost"))
     {
         let host: Host = first.parse()?;
         let is_short = host.as_str() == Host::DOCKER_HUB && !rest.contains('/');
@@ -95,6 +96,7 @@ mod tests {
             ("index.docker.io/library/nginx", "docker.io/library/nginx"),
             ("gcr.io/datadoghq/agent:7.70.0", "gcr.io/datadoghq/agent:7.70.0"),
             ("localhost/a", "localhost/a"),
+            ("LOCALHOST/a", "localhost/a"),
             ("localhost:5000/a:b", "localhost:5000/a:b"),
             ("127.0.0.1:5000/a/b", "127.0.0.1:5000/a/b"),
             (&format!("gcr.io/a/b@{digest}"), &format!("gcr.io/a/b@{digest}")),
@@ -102,7 +104,8 @@ mod tests {
         ] {
             assert_eq!(written.parse::<Reference>().unwrap().to_string(), read);
         }
-        for bad in ["", "https://gcr.io/a", "gcr.io/", "gcr.io/a:", "gcr.io/a@sha256:x", "gcr.io/A", "a b"] {
+        for bad in ["", "https://gcr.io/a", "gcr.io/", "gcr.io/a:", "gcr.io/a@sha256:x", "gcr.io/A", "Library/a", "a b"]
+        {
             assert!(bad.parse::<Reference>().is_err(), "{bad} was accepted");
         }
     }

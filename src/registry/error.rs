@@ -383,7 +383,8 @@ pub(super) fn parse_envelope(body: &[u8]) -> (Option<String>, Option<String>) {
         _ => None,
     });
     let Some(first) = errors.into_iter().next() else { return (None, None) };
-    let is_code = |code: &String| code.len() <= 64 && code.bytes().all(|b| b.is_ascii_uppercase() || b == b'_');
+    let is_code =
+        |code: &String| (1..=64).contains(&code.len()) && code.bytes().all(|b| b.is_ascii_uppercase() || b == b'_');
     let words: Vec<String> = [first.message, detail].into_iter().flatten().collect();
     let message = Some(clean(&words.join(": "))).filter(|message| !message.is_empty());
     let told = TELLING_WORDS.iter().find(|(words, _)| message.as_ref().is_some_and(|message| message.contains(words)));
@@ -447,6 +448,7 @@ mod tests {
         let (code, message) = parse_envelope(body);
         assert_eq!(code.as_deref(), Some("DENIED"));
         assert_eq!(message.as_deref(), Some("no access to https://x/y here"));
+        assert_eq!(parse_envelope(br#"{"errors":[{"code":"","message":"?"}]}"#), (None, None));
         assert_eq!(parse_envelope(b"<html>secret</html>"), (None, None));
     }
 

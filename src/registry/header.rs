@@ -73,11 +73,15 @@ pub fn retry_after(headers: &HeaderMap, now: jiff::Timestamp) -> Option<Duration
 pub fn next_page(headers: &HeaderMap, page: &Url) -> Result<Option<Url>, String> {
     for value in headers.get_all(LINK).iter().filter_map(|value| value.to_str().ok()) {
         let Some(next) = links(value).into_iter().find(|(_, is_next)| *is_next) else { continue };
-        let Ok(url) = page.join(next.0) else { continue };
-        if url.origin() != page.origin() {
-            return Err(url.host_str().unwrap_or_default().to_owned());
+        let Ok(mut url) = page.join(next.0) else { continue };
+        // The origin of a `blob:` URL is that of the URL inside.
+        if url.origin() != page.origin() || url.scheme() != page.scheme() {
+            return Err(url.host_str().unwrap_or(url.scheme()).to_owned());
         }
-        return Ok(Some(url));
+        // Our login is sent with the request, not one that the registry writes into the address.
+        if url.set_username("").is_ok() && url.set_password(None).is_ok() {
+            return Ok(Some(url));
+        }
     }
     Ok(None)
 }
@@ -87,17 +91,36 @@ fn links(mut value: &str) -> Vec<(&str, bool)> {
     let mut found = Vec::new();
     while let Some((_, after)) = value.split_once('<') {
         let Some((target, after)) = after.split_once('>') else { break };
-        let end = after.find(['<']).unwrap_or(after.len());
-        let parameters = after[..end].split([';', ',']).filter_map(|parameter| parameter.split_once('='));
-        let is_next = parameters.into_iter().any(|(name, value)| {
-            let relations = value.trim().trim_matches('"');
-            name.trim().eq_ignore_ascii_case("rel")
-                && relations.split(' ').any(|relation| relation.eq_ignore_ascii_case("next"))
-        });
+        let (mut parameters, after) = split_unquoted(after, &['<']);
+        let mut is_next = false;
+        while !parameters.is_empty() {
+            let (parameter, others) = split_unquoted(parameters, &[';', ',']);
+            is_next |= parameter.split_once('=').is_some_and(|(name, value)| is_next_relation(name, value));
+            parameters = others.get(1..).unwrap_or_default();
+        }
         found.push((target, is_next));
-        value = &after[end..];
+        value = after;
     }
     found
+}
+
+fn is_next_relation(name: &str, value: &str) -> bool {
+    let relations = value.trim().trim_matches('"');
+    name.trim().eq_ignore_ascii_case("rel")
+        && relations.split(' ').any(|relation| relation.eq_ignore_ascii_case("next"))
+}
+
+/// The text before the first of these characters that is not in a quoted string (RFC 9110, section 5.6.4), and the
+/// rest, which begins with it.
+fn split_unquoted<'a>(text: &'a str, wanted: &[char]) -> (&'a str, &'a str) {
+    let (mut is_quoted, mut is_escaped) = (false, false);
+    let end = text.find(|c| {
+        let is_end = !is_quoted && wanted.contains(&c);
+        is_quoted ^= c == '"' && !is_escaped;
+        is_escaped = c == '\\' && is_quoted && !is_escaped;
+        is_end
+    });
+    text.split_at(end.unwrap_or(text.len()))
 }
 
 /// Digits alone: `parse` would take a plus sign too.
@@ -156,6 +179,9 @@ mod tests {
             r#"</v2/a/tags/list?last=b&n=2>; rel="next""#,
             "<https://r.example/v2/a/tags/list?last=b&n=2>;REL=next",
             r#"</first>; rel="first", </v2/a/tags/list?last=b&n=2>; title="x"; rel="prefetch next""#,
+            r#"</v2/a/tags/list?last=b&n=2>; title="</x>; rel=prev, \"<"; rel="next""#,
+            r#"</first>; title="a; rel=next", </v2/a/tags/list?last=b&n=2>; rel="next""#,
+            r#"<https://u:p@r.example/v2/a/tags/list?last=b&n=2>; rel="next""#,
         ] {
             assert_eq!(read(good), Ok(Some(next.clone())), "{good}");
         }
@@ -165,5 +191,6 @@ mod tests {
         }
         assert_eq!(read(r#"<https://evil.example/x>; rel="next""#), Err("evil.example".into()));
         assert_eq!(read(r#"<http://r.example/x>; rel="next""#), Err("r.example".into()));
+        assert_eq!(read(r#"<blob:https://r.example/x>; rel="next""#), Err("blob".into()));
     }
 }

@@ -18,6 +18,8 @@ mod layout;
 mod limits;
 mod list;
 mod network;
+#[cfg(test)]
+mod properties;
 mod pull;
 mod push;
 mod quirks;

@@ -9,6 +9,7 @@ mod direct;
 mod engine;
 mod faults;
 mod forms;
+mod layout;
 mod lifecycle;
 mod main_job;
 mod mutations;

@@ -18,3 +18,4 @@ mod platforms;
 mod referrers;
 mod secrecy;
 mod support;
+mod tags;

@@ -19,3 +19,4 @@ mod referrers;
 mod secrecy;
 mod support;
 mod tags;
+mod uploads;

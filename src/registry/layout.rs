@@ -129,6 +129,13 @@ impl Layout {
     pub fn create(dir: &Path) -> Result<Self, LayoutError> {
         let failed = |source| LayoutError::Io { dir: dir.to_owned(), source };
         std::fs::create_dir_all(dir).map_err(failed)?;
+        // A lock that is there was made here: the writer may have been killed before the directory was a layout.
+        let is_ours = dir.join(LAYOUT_FILE).exists() || dir.join(LOCK_FILE).exists();
+        if !is_ours && let Some(entry) = std::fs::read_dir(dir).map_err(failed)?.next() {
+            let name = entry.map_err(failed)?.file_name();
+            let what = format!("it holds {} and no {LAYOUT_FILE}", name.to_string_lossy());
+            return Err(LayoutError::NotALayout { dir: dir.to_owned(), what });
+        }
         let lock = File::create(dir.join(LOCK_FILE)).map_err(failed)?;
         lock.try_lock().map_err(|error| match error {
             TryLockError::WouldBlock => LayoutError::Locked(dir.to_owned()),
@@ -136,26 +143,26 @@ impl Layout {
         })?;
         for entry in std::fs::read_dir(dir).map_err(failed)? {
             let entry = entry.map_err(failed)?;
-            let name = entry.file_name();
-            if name.to_string_lossy().ends_with(PART_SUFFIX) {
+            if entry.file_name().to_string_lossy().ends_with(PART_SUFFIX) {
                 // Of a writer that was killed: there is no other now.
                 std::fs::remove_file(entry.path()).map_err(failed)?;
-            } else if name != LOCK_FILE && !dir.join(LAYOUT_FILE).exists() {
-                let what = format!("it holds {} and no {LAYOUT_FILE}", name.to_string_lossy());
-                return Err(LayoutError::NotALayout { dir: dir.to_owned(), what });
             }
         }
         for algorithm in ["sha256", "sha512"] {
             std::fs::create_dir_all(dir.join("blobs").join(algorithm)).map_err(failed)?;
         }
-        if !dir.join(INDEX_FILE).exists() {
-            let empty = json!({"schemaVersion": 2, "mediaType": media_type::OCI_INDEX, "manifests": []});
-            std::fs::write(dir.join(INDEX_FILE), empty.to_string()).map_err(failed)?;
-        }
+        let write = |name: &str, text: &str| {
+            let path = dir.join(name);
+            if path.exists() {
+                return Ok(());
+            }
+            let part = dir.join(format!("{name}{PART_SUFFIX}"));
+            std::fs::write(&part, text).and_then(|()| std::fs::rename(part, path)).map_err(failed)
+        };
+        let empty = json!({"schemaVersion": 2, "mediaType": media_type::OCI_INDEX, "manifests": []});
+        write(INDEX_FILE, &empty.to_string())?;
         // The last one: with it the directory is a layout.
-        if !dir.join(LAYOUT_FILE).exists() {
-            std::fs::write(dir.join(LAYOUT_FILE), r#"{"imageLayoutVersion":"1.0.0"}"#).map_err(failed)?;
-        }
+        write(LAYOUT_FILE, r#"{"imageLayoutVersion":"1.0.0"}"#)?;
         check(dir)?;
         Ok(Self::of(dir, Some(lock)))
     }
@@ -411,6 +418,29 @@ fn name_of(entry: &Value) -> Option<&str> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_directory_of_others_is_left_as_it_is_and_one_that_was_begun_is_finished() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("notes"), "mine").unwrap();
+        let error = Layout::create(dir.path()).unwrap_err().to_string();
+        assert!(error.contains("it holds notes and no oci-layout"), "{error}");
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
+
+        let dir = tempfile::tempdir().unwrap();
+        for name in [LOCK_FILE, "oci-layout.part", ".x.part"] {
+            std::fs::write(dir.path().join(name), "").unwrap();
+        }
+        std::fs::create_dir(dir.path().join("blobs")).unwrap();
+        let layout = Layout::create(dir.path()).unwrap();
+        assert!(matches!(Layout::create(dir.path()), Err(LayoutError::Locked(_))));
+        drop(layout);
+        let mut names: Vec<_> =
+            std::fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        names.sort();
+        assert_eq!(names, [LOCK_FILE, "blobs", INDEX_FILE, LAYOUT_FILE]);
+        assert!(Layout::open(dir.path()).is_ok());
+    }
 
     #[test]
     fn what_names_content_can_be_a_manifest() {

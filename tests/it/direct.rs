@@ -60,7 +60,6 @@ struct Wanted {
     last: Option<Last>,
 }
 
-#[allow(dead_code, reason = "for tests that follow")]
 impl Direct {
     /// Of one image, `repository:tag` or `repository@digest`, into `repository:tag`.
     pub(crate) fn of(from: &str, to: &str) -> Self {
@@ -213,7 +212,6 @@ pub(crate) struct Directory {
     dir: tempfile::TempDir,
 }
 
-#[allow(dead_code, reason = "for tests that follow")]
 impl Directory {
     /// An empty one.
     pub(crate) fn new() -> Result<Self> {

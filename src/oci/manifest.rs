@@ -154,13 +154,7 @@ fn descriptor(field: &'static str, value: &Value) -> Result<Descriptor, Manifest
     if !value.is_object() {
         return Err(ManifestError::Form(field));
     }
-    let found: Descriptor =
-        serde_json::from_value(value.clone()).map_err(|source| ManifestError::Descriptor { field, source })?;
-    // The specification has signed sizes of 64 bits.
-    if i64::try_from(found.size).is_err() {
-        return Err(ManifestError::Form(field));
-    }
-    Ok(found)
+    serde_json::from_value(value.clone()).map_err(|source| ManifestError::Descriptor { field, source })
 }
 
 fn array<'a>(field: &'static str, value: Option<&'a Value>) -> Result<&'a [Value], ManifestError> {

@@ -75,7 +75,7 @@ async fn image(size: usize) -> Result<(String, Image)> {
 
 fn client_with(registry: &Registry, quirks: Quirks) -> Result<Client> {
     let options = HostOptions { quirks: Some(quirks), ..HostOptions::default() };
-    let timing = crate::faults::client().timing().clone();
+    let timing = crate::cases::client().timing().clone();
     let hosts = [(registry.host.parse()?, options)].into();
     Ok(Client::new(ClientOptions { timing, hosts, ..ClientOptions::default() }))
 }
@@ -113,7 +113,7 @@ async fn what_is_too_much_at_once_is_sent_in_pieces_from_then_on() -> Result<()>
         let mut upload = Upload::new(kind, &first).await?;
         let too_much = || [Do::DiscardRequestBody, Do::respond(413)];
         upload.proxy.rule(upload.put()?.times(1), too_much());
-        let client = crate::faults::client();
+        let client = crate::cases::client();
         let what = || format!("{kind:?}");
         upload.copy(&client, &Env::get().open, "a").await.with_context(what)?;
         ensure!(methods(&upload.sent()?) == ["PUT", "PATCH"], "{kind:?}: {:#?}", upload.sent()?);
@@ -141,7 +141,7 @@ async fn a_session_that_is_lost_begins_again() -> Result<()> {
         let upload = Upload::new(kind, &image).await?;
         upload.proxy.rule(upload.put()?.times(1), Do::CutRequestBody { after: 6 << 20, close: Close::Reset });
         upload.proxy.rule(Matcher::new().method("GET").route(Route::Upload), Do::respond(404));
-        upload.copy(&crate::faults::client(), &Env::get().open, "a").await.with_context(|| format!("{kind:?}"))?;
+        upload.copy(&crate::cases::client(), &Env::get().open, "a").await.with_context(|| format!("{kind:?}"))?;
         let starts = upload.proxy.count(&Matcher::new().method("POST").route(Route::UploadStart));
         ensure!(starts == upload.image.blobs.len() + 1, "{kind:?}: {starts}");
     }

@@ -16,6 +16,14 @@ VERSION = $(shell sed -n 's/^version = "\(.*\)"$$/\1/p' Cargo.toml | head -n 1)
 
 CARGO_DENY = 0.20.2
 
+# What libFuzzer needs to see which code an input reaches; none of it needs a nightly compiler.
+COVERAGE = -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
+  -Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \
+  -Cllvm-args=-sanitizer-coverage-trace-compares
+FUZZ_DIR = fuzz/target
+FUZZ_SECONDS ?= 10
+FUZZ_TARGETS ?= $(basename $(notdir $(wildcard fuzz/fuzz_targets/*.rs)))
+
 # The one way in which programs and tests are built: other selections have other features, and build much of it again.
 BUILD = cargo build --workspace --bins --tests --locked
 
@@ -46,6 +54,21 @@ bench: release ## Measure against crane, regsync and others, and write benches/R
 	$(if $(wildcard /dev/shm),TMPDIR=/dev/shm) $(TARGET_DIR)/$(TRIPLE)/release/imagemirror-bench run \
 	  --binary $(BINARY) --results benches/RESULTS.md $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(DEADLINE),--deadline $(DEADLINE)) \
 	  $(addprefix --peer ,$(BENCH_PEERS)) $(addprefix --workload ,$(WORKLOADS)) $(addprefix --client ,$(CLIENTS))
+
+# What is new goes to $(FUZZ_DIR)/corpus, what breaks a target to fuzz/artifacts; fuzz/corpus stays as it was written.
+.PHONY: fuzz
+fuzz: ## Fuzz what reads text of others, FUZZ_SECONDS=10 each of FUZZ_TARGETS; needs a C++ compiler
+	@command -v "$${CXX:-c++}" >/dev/null || { echo 'libFuzzer is built with a C++ compiler: install g++' >&2; exit 1; }
+	RUSTFLAGS="$(COVERAGE)" cargo build --release --manifest-path fuzz/Cargo.toml \
+	  --target $(TRIPLE) --target-dir $(FUZZ_DIR)
+	@for target in $(FUZZ_TARGETS); do \
+	  mkdir -p $(FUZZ_DIR)/corpus/$$target fuzz/artifacts/$$target; \
+	  dictionary=fuzz/dictionaries/$$target; \
+	  echo "==> $$target"; \
+	  $(FUZZ_DIR)/$(TRIPLE)/release/$$target -max_total_time=$(FUZZ_SECONDS) -timeout=10 -verbosity=0 \
+	    -print_final_stats=1 -artifact_prefix=fuzz/artifacts/$$target/ $$([[ ! -f $$dictionary ]] || echo -dict=$$dictionary) \
+	    $(FUZZ_DIR)/corpus/$$target fuzz/corpus/$$target; \
+	done
 
 .PHONY: release
 release: ## Build the static binary
@@ -81,6 +104,7 @@ check-generated: ## Fail, with a diff, when something generated or kept twice di
 .PHONY: fmt
 fmt: ## Format the code
 	cargo fmt --all
+	cargo fmt --manifest-path fuzz/Cargo.toml
 
 .PHONY: lint
 lint: ## Check the format, clippy and the documentation, with and without Kubernetes

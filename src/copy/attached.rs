@@ -2,7 +2,10 @@
 //! cosign gives it; copied with it; and made findable at a target that has no referrers API
 //! (distribution-spec, "Listing referrers" and "Referrers tag schema").
 
-use std::{collections::HashSet, sync::Arc};
+use std::{
+    collections::HashSet,
+    sync::{Arc, PoisonError},
+};
 
 use futures::future::try_join_all;
 
@@ -47,10 +50,13 @@ pub(super) fn tag_text(digest: &Digest) -> String {
 }
 
 impl Walk<'_> {
-    /// What the source has attached to a manifest, as far as it is wanted.
+    /// What the source has attached to a manifest, as far as it is wanted. Nothing the second time.
     pub(super) async fn attached(&self, subject: &Digest, depth: u32) -> Result<Attached, CopyError> {
         let wanted = &self.options.referrers;
         if *wanted == Referrers::None || depth > MAX_ATTACHED_DEPTH {
+            return Ok(Attached::default());
+        }
+        if !self.asked.lock().unwrap_or_else(PoisonError::into_inner).insert(subject.clone()) {
             return Ok(Attached::default());
         }
         let by_api = self.source.referrers(subject).await.map_err(CopyError::source)?;
@@ -134,7 +140,7 @@ impl Walk<'_> {
         let is_there = self.looks && self.target.head(&digest.to_string()).await.map_err(CopyError::target)?.is_some();
         if is_there {
             let attached = self.attached(digest, depth + 1).await?;
-            Box::pin(self.copy_attached(digest, &attached, depth + 1)).await?;
+            self.found(digest, attached, depth + 1);
         } else {
             self.child(&Child::Manifest(entry.descriptor.clone()), depth + 1, false).await?;
         }

@@ -39,13 +39,14 @@ pub async fn copy(
     tag: &Tag,
     options: &CopyOptions,
 ) -> Result<(), CopyError> {
-    let walk = Walk { run, source, target, options, root, looks: false, seen: Mutex::default() };
+    let walk = Walk::new(run, source, target, root, options, false);
     let attached = async {
         // What is attached to the whole is not about a part of it.
         if root.is_whole() { walk.attached(&root.source_digest, 0).await } else { Ok(Attached::default()) }
     };
     let ((), attached) = try_join(walk.children(&root.manifest, 0, false), attached).await?;
-    walk.copy_attached(&root.source_digest, &attached, 0).await?;
+    walk.found(&root.source_digest, attached, 0);
+    walk.copy_found().await?;
     walk.put_tag_resending(tag, &root.manifest, 0).await?;
     walk.list_by_subject(&root.manifest).await
 }
@@ -59,8 +60,9 @@ pub async fn copy_attached(
     options: &CopyOptions,
 ) -> Result<(), CopyError> {
     let root = Root::whole(source.manifest(&root.to_string()).await.map_err(CopyError::source)?);
-    let walk = Walk { run, source, target, options, root: &root, looks: true, seen: Mutex::default() };
-    walk.look(&root.manifest, 0).await
+    let walk = Walk::new(run, source, target, &root, options, true);
+    walk.look(&root.manifest, 0).await?;
+    walk.copy_found().await
 }
 
 pub(super) struct Walk<'a> {
@@ -72,9 +74,44 @@ pub(super) struct Walk<'a> {
     /// The image is at the target; what is attached may be too, and is looked for before it is copied.
     pub(super) looks: bool,
     seen: Mutex<HashSet<Digest>>,
+    /// What has been asked for what is attached to it.
+    pub(super) asked: Mutex<HashSet<Digest>>,
+    /// What was found attached, to be copied when nobody waits for its subject any more: what is attached may name what
+    /// it is attached to, so that waiting for each other would not end.
+    found: Mutex<Vec<(Digest, Attached, u32)>>,
 }
 
 impl<'a> Walk<'a> {
+    fn new(
+        run: &'a Run,
+        source: &'a Source,
+        target: &'a Target,
+        root: &'a Root,
+        options: &'a CopyOptions,
+        looks: bool,
+    ) -> Self {
+        let (seen, asked, found) = Default::default();
+        Self { run, source, target, options, root, looks, seen, asked, found }
+    }
+
+    /// Remembers what was found attached to `subject`.
+    pub(super) fn found(&self, subject: &Digest, attached: Attached, depth: u32) {
+        let mut found = self.found.lock().unwrap_or_else(PoisonError::into_inner);
+        found.push((subject.clone(), attached, depth));
+    }
+
+    /// Copies what was found attached, and what is found attached to that.
+    async fn copy_found(&self) -> Result<(), CopyError> {
+        loop {
+            let found = std::mem::take(&mut *self.found.lock().unwrap_or_else(PoisonError::into_inner));
+            if found.is_empty() {
+                return Ok(());
+            }
+            let copies = found.iter().map(|(subject, attached, depth)| self.copy_attached(subject, attached, *depth));
+            try_join_all(copies).await?;
+        }
+    }
+
     /// Brings everything that `manifest` names to the target. `resend` sends also what the target said it has.
     pub(super) async fn children(&self, manifest: &RawManifest, depth: u32, resend: bool) -> Result<(), CopyError> {
         self.all(&self.named_by(manifest)?, depth, resend).await
@@ -142,7 +179,8 @@ impl<'a> Walk<'a> {
                 result => result.map_err(CopyError::target)?,
             }
             drop(held);
-            self.copy_attached(digest, &attached, depth).await
+            self.found(digest, attached, depth);
+            Ok(())
         }
         .boxed()
     }
@@ -164,7 +202,7 @@ impl<'a> Walk<'a> {
         async move {
             self.check_bounds(&manifest.digest, depth)?;
             let attached = self.attached(&manifest.digest, depth).await?;
-            self.copy_attached(&manifest.digest, &attached, depth).await?;
+            self.found(&manifest.digest, attached, depth);
             let children = self.named_by(manifest)?;
             let manifests = children.iter().filter(|child| matches!(child, Child::Manifest(_))).map(Child::descriptor);
             try_join_all(manifests.map(|child| self.look_at_child(child, depth + 1))).await?;
@@ -179,7 +217,8 @@ impl<'a> Walk<'a> {
             return self.look(&nested, depth).await;
         }
         let attached = self.attached(&child.digest, depth).await?;
-        self.copy_attached(&child.digest, &attached, depth).await
+        self.found(&child.digest, attached, depth);
+        Ok(())
     }
 
     /// Moves a tag, if it may still be moved.

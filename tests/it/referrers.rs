@@ -373,3 +373,32 @@ async fn something_else_under_the_fallback_tag_is_no_list() -> Result<()> {
     ensure!(client_of(target.registry())?.tags("a").await? == ["1"]);
     Ok(())
 }
+
+#[tokio::test]
+async fn referrers_that_list_each_other_end() -> Result<()> {
+    let (source, target) = pair(Distribution, Distribution).await?;
+    let image = Image::single(195, &[300]);
+    let (a, b) = (Image::referrer(&image.root, 196, SBOM), Image::referrer(&image.root, 197, SBOM));
+    let client = client_of(source.registry())?;
+    client.push("a", "1", &image).await?;
+    attach(source.registry(), false, "a", &image.root, &[&a, &b]).await?;
+    // Only a list under a tag can say what digests cannot.
+    client.push("a", &fallback_tag(&a.root), &Image::fallback_index(&[&b])).await?;
+    client.push("a", &fallback_tag(&b.root), &Image::fallback_index(&[&a])).await?;
+    Direct::of("a:1", "a:1").done(source.registry(), target.registry()).await?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn an_artifact_that_lists_what_it_is_attached_to_ends() -> Result<()> {
+    let (source, target) = pair(Olareg, Olareg).await?;
+    let image = Image::single(198, &[300]);
+    let listing = Image::index_of(&[(&image, json!({}))])
+        .with_fields(&json!({ "subject": image.root.descriptor(), "artifactType": SBOM }));
+    let client = client_of(source.registry())?;
+    client.push("a", "1", &image).await?;
+    client.put_manifest("a", listing.digest(), &listing.root).await?;
+    Direct::of("a:1", "a:1").done(source.registry(), target.registry()).await?;
+    ensure!(client_of(target.registry())?.holds("a", listing.digest(), &listing).await?);
+    Ok(())
+}

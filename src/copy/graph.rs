@@ -157,8 +157,8 @@ impl<'a> Walk<'a> {
         async move {
             self.check_bounds(&descriptor.digest, depth)?;
             let manifest = match self.fetch(descriptor).await {
-                // An index may list other content than manifests.
-                Err(error) if !descriptor.is_manifest() && error.is_not_found() => {
+                // An index may list other content than manifests. Distribution 2 answers 500 to who asks for a blob as one.
+                Err(error) if !descriptor.is_manifest() && is_no_manifest(&error) => {
                     return transfer(self.run, self.source, self.target, descriptor, resend).await;
                 }
                 fetched => fetched.map_err(incomplete)?,
@@ -273,6 +273,11 @@ fn type_to_send(manifest: &RawManifest, descriptor: &Descriptor) -> String {
     let is_general =
         matches!(manifest.media_type.as_str(), "" | "application/json" | "application/octet-stream" | "text/plain");
     if is_general { descriptor.media_type.clone() } else { manifest.media_type.clone() }
+}
+
+/// Whether the source has no manifest of this digest, or has a blob that it takes for one.
+fn is_no_manifest(error: &Error) -> bool {
+    error.is_not_found() || error.status() == Some(http::StatusCode::INTERNAL_SERVER_ERROR)
 }
 
 fn is_blob_unknown(error: &Error) -> bool {

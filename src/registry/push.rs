@@ -20,6 +20,8 @@ use crate::oci::Descriptor;
 const SMALL: u64 = 1 << 20;
 /// Sessions opened for one blob before it counts as failed.
 const MAX_SESSIONS: u32 = 4;
+/// Times a registry is asked what has arrived, the first one aside, until it says the same twice.
+const MAX_LOOKS: u32 = 4;
 /// Less than this is not worth another request.
 const WORTH_KEEPING: u64 = 1 << 20;
 
@@ -48,7 +50,8 @@ impl Repository {
     /// Brings a blob here. Its size must be known.
     pub(super) async fn put_blob(&self, source: &BlobOpener, options: &PutOptions<'_>) -> Result<Stored, PutError> {
         let blob = source.descriptor();
-        let mut push = Push { target: self, source, blob, options, marks: Marks::for_size(blob.size) };
+        let mut push =
+            Push { target: self, source, blob, options, marks: Marks::for_size(blob.size), was_too_early: false };
         let stored = push.run().await?;
         options.meter.finish(blob.size);
         self.holds(blob);
@@ -62,6 +65,8 @@ struct Push<'a> {
     blob: &'a Descriptor,
     options: &'a PutOptions<'a>,
     marks: Marks,
+    /// A continuation was refused because more had arrived meanwhile.
+    was_too_early: bool,
 }
 
 impl Push<'_> {
@@ -153,15 +158,35 @@ impl Push<'_> {
         upload.put_bytes(bytes).await.map_err(PutError::Target)
     }
 
+    /// How much of a broken upload the registry holds, once it says the same twice: it may be taking in still what was
+    /// under way when the connection broke.
+    async fn settled(&self, upload: &Upload) -> Option<u64> {
+        let mut stored = upload.stored().await;
+        for attempt in 1..=MAX_LOOKS {
+            self.target.back_off(attempt).await;
+            let again = upload.stored().await;
+            if again == stored {
+                break;
+            }
+            stored = again;
+        }
+        stored
+    }
+
     /// How much of a broken upload is at the target and can be built upon.
-    async fn stored(&self, upload: &Upload, error: &PutError, from: u64) -> Option<u64> {
+    async fn stored(&mut self, upload: &Upload, error: &PutError, from: u64) -> Option<u64> {
         let known = self.target.known();
         if self.blob.size < Marks::WORTH_RESUMING || !known.resumes() || !leaves_a_session(error) {
             return None;
         }
-        let stored = upload.stored().await;
-        // What does not get further would not end.
-        let stored = stored.filter(|stored| (from + WORTH_KEEPING..=self.blob.size).contains(stored));
+        let stored = self.settled(upload).await;
+        // What does not get further would not end. One that began before the registry had taken in the rest of what was
+        // sent to it gets as far as that the second time.
+        let is_too_early =
+            matches!(error, PutError::Target(error) if error.status_code() == 416) && !self.was_too_early;
+        let least = if is_too_early { WORTH_KEEPING } else { from + WORTH_KEEPING };
+        self.was_too_early |= is_too_early;
+        let stored = stored.filter(|stored| (least..=self.blob.size).contains(stored));
         let sent = self.marks.last();
         if stored.is_none() && matches!(error, PutError::Target(_)) && sent > from + Marks::WORTH_RESUMING {
             known.does_not_resume();

@@ -135,6 +135,44 @@ async fn what_is_too_much_at_once_is_sent_in_pieces_from_then_on() -> Result<()>
 }
 
 #[tokio::test]
+async fn an_upload_that_breaks_goes_on_where_it_broke() -> Result<()> {
+    let image = image(9 * MIB).await?;
+    for kind in KINDS {
+        for (strategy, close) in [
+            (UploadStrategy::Put, Close::Reset),
+            (UploadStrategy::Put, Close::Fin),
+            (UploadStrategy::Patch, Close::Reset),
+            (UploadStrategy::Chunks(8 << 20), Close::Fin),
+        ] {
+            let upload = Upload::new(kind, &image).await?;
+            let source = Proxy::to(Env::get(), &Env::get().open).start().await?;
+            let client = client_with(upload.proxy.registry(), Quirks { upload: strategy, ..Quirks::default() })?;
+            let breaks = match strategy {
+                UploadStrategy::Put => upload.put()?,
+                _ => Matcher::new().method("PATCH").route(Route::Upload),
+            };
+            upload.proxy.rule(breaks.times(1), Do::CutRequestBody { after: 6 << 20, close });
+            let what = || format!("{strategy:?} to {kind:?}, {close:?}");
+            upload.copy(&client, source.registry(), "a").await.with_context(what)?;
+            let bytes: u64 = upload.sent()?.iter().map(|request| request.request_bytes).sum();
+            let large = upload.large()?.digest.clone();
+            let reads = source.requests().into_iter().filter(|read| read.key.reference.as_ref() == Some(&large));
+            let reads: Vec<_> = reads.map(|read| read.range).collect();
+            // Distribution 2 knows a session by the number of bytes that the client thinks it has, and so not at all. A
+            // reset takes with it what the registry had not read yet.
+            let (most, is_continued) = match (kind, close) {
+                (Distribution2, _) => (15 << 20, false),
+                (_, Close::Reset) => (14 << 20, true),
+                (_, Close::Fin) => (11 << 20, true),
+            };
+            ensure!(bytes <= most, "{}: {bytes} bytes were sent: {:#?}", what(), upload.sent()?);
+            ensure!(reads.len() == 2 && reads[1].is_some() == is_continued, "{}: {reads:?}", what());
+        }
+    }
+    Ok(())
+}
+
+#[tokio::test]
 async fn a_session_that_is_lost_begins_again() -> Result<()> {
     let image = image(9 * MIB).await?;
     for kind in KINDS {

@@ -1,6 +1,8 @@
 //! Logging in at a token server of a registry that checks what its tokens say: who is shown which credential, what a
 //! token costs, what happens where it grants less than was asked for, and where it ends before the layer does.
 
+use std::time::Duration;
+
 use anyhow::{Context as _, Result, ensure};
 use futures::future::try_join_all;
 use imagemirror::{
@@ -99,8 +101,9 @@ async fn an_identity_token_is_shown_to_the_token_server_alone() -> Result<()> {
         ("a token that is used up by a login", true, None),
         ("a token where nothing can be posted", false, Some(404)),
         ("a token where nothing may be posted", false, Some(405)),
+        ("both", true, Some(404)),
     ];
-    side_by_side(cases.map(|(what, rotates, refusal)| (what.to_owned(), identity(rotates, refusal)))).await
+    side_by_side(cases.map(|(what, rotates, refusal)| (what.to_owned(), Box::pin(identity(rotates, refusal))))).await
 }
 
 async fn identity(rotates: bool, refusal: Option<u16>) -> Result<()> {
@@ -259,6 +262,8 @@ async fn many_requests_cost_one_token_for_each_repository_and_one_401_for_the_re
 async fn a_token_is_renewed_before_the_registry_refuses_it() -> Result<()> {
     let site = Site::start(TokenOptions { expires_in: 4, lives: Some(4), ..TokenOptions::default() }).await?;
     site.judge()?.push("a", "1", &Image::single(1, &[])).await?;
+    // Not more requests than it takes to see it.
+    site.registry.rule(Matcher::new(), Action::DelayAnswer(Duration::from_millis(20)));
     let access = access(Env::get(), &site.of("pull")?)?;
     let repository = Repository::for_pull(&cases::client(), &access, "a".parse()?)?;
     while site.logins()?.len() < 2 {
@@ -277,7 +282,7 @@ struct Life {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_token_that_ends_inside_a_layer_costs_nearly_no_byte_of_it() -> Result<()> {
+async fn a_token_that_ends_inside_a_layer_costs_no_byte_of_it_but_those_under_way() -> Result<()> {
     let cut_download = || Action::CutResponseBody { after: 7 << 20, close: Close::Fin };
     let cut_upload = || Action::CutRequestBody { after: 7 << 20, close: Close::Fin };
     let mut cases = Vec::new();
@@ -309,7 +314,7 @@ async fn ends_inside(life: Life, at_source: bool, upload: UploadStrategy, cut: O
         site.registry.rule(reads.clone().times(1), [slow.clone()].into_iter().chain(cut).collect::<Vec<_>>());
         (&site.registry, &open, client_of(&env.open)?)
     } else {
-        cut.into_iter().for_each(|cut| site.registry.rule(puts.clone().times(1), cut));
+        site.registry.rule(puts.clone().times(1), cut.into_iter().collect::<Vec<_>>());
         (&open, &site.registry, site.judge()?)
     };
     source.rule(reads.clone(), slow);
@@ -331,8 +336,8 @@ async fn ends_inside(life: Life, at_source: bool, upload: UploadStrategy, cut: O
     let sent: u64 = of_large.iter().map(|put| put.request_bytes).sum();
     // What was under way at each break, and what was read since the state of the hash was last kept.
     let breaks = of_large.iter().filter(|put| put.status.is_none_or(|status| status >= 400)).count() as u64;
-    let size = large.bytes.len() as u64;
-    ensure!(read - size <= breaks * (2 << 20) && sent - size <= breaks * (1 << 20), "{read} {sent}:{}", all());
+    let whole = large.bytes.len() as u64;
+    ensure!(read - whole <= breaks * (3 << 19) && sent - whole <= breaks * (1 << 19), "{read} {sent}:{}", all());
     ensure!(breaks <= 3, "{breaks} breaks:{}", all());
     ensure!(judge.holds(&to, "1", &image).await?, "it is not the same");
     Ok(())

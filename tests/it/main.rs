@@ -14,6 +14,7 @@ mod faults;
 mod forms;
 mod layout;
 mod lifecycle;
+mod login;
 mod main_job;
 mod mutations;
 mod packaging;

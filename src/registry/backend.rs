@@ -80,7 +80,7 @@ impl Source {
             return Ok(blob.clone());
         }
         let size = match self {
-            Self::Registry(repository) => repository.blob(blob, 0).await?.0,
+            Self::Registry(repository) => repository.blob_size(blob).await?,
             Self::Layout(repository) => repository.blob_size(blob).await?,
         };
         Ok(Descriptor { size, ..blob.clone() })

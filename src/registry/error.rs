@@ -34,6 +34,8 @@ pub enum ErrorKind {
     Tls,
     /// Nothing arrived for as long as [`Timing`](super::Timing) allows.
     TimedOut,
+    /// Bytes move more slowly than [`Floor`](super::Floor) allows.
+    TooSlow,
     /// The connection broke after the request was sent.
     Interrupted,
     /// An answer that is not a success.
@@ -49,6 +51,8 @@ pub enum ErrorKind {
         /// Where the credential came from that was refused with 401 or 403.
         credential: Option<String>,
     },
+    /// The host has asked to be left alone for this long, in which nothing should be held for it.
+    Paused(Duration),
     /// The host has asked to be left alone for this long, which is longer than a run waits.
     Closed(Duration),
     /// The address is in a network that the administrator has closed.
@@ -187,7 +191,7 @@ impl Error {
     #[must_use]
     pub fn is_retryable(&self) -> bool {
         match &self.kind {
-            ErrorKind::Connect | ErrorKind::TimedOut | ErrorKind::Interrupted => true,
+            ErrorKind::Connect | ErrorKind::TimedOut | ErrorKind::TooSlow | ErrorKind::Interrupted => true,
             ErrorKind::Status { status, code, .. } => {
                 let about_manifest = code.as_deref().is_some_and(|code| code.starts_with("MANIFEST_"));
                 let refused_form = status.is_server_error() && about_manifest;
@@ -210,15 +214,17 @@ impl Error {
         };
         match &self.kind {
             ErrorKind::Tls => Reason::CertificateInvalid,
-            ErrorKind::Connect | ErrorKind::TimedOut | ErrorKind::Interrupted | ErrorKind::LeadershipLost => {
-                unavailable
-            }
+            ErrorKind::Connect
+            | ErrorKind::TimedOut
+            | ErrorKind::TooSlow
+            | ErrorKind::Interrupted
+            | ErrorKind::LeadershipLost => unavailable,
             ErrorKind::Denied(_)
             | ErrorKind::RealmRefused(_)
             | ErrorKind::RedirectRefused(_)
             | ErrorKind::LinkRefused(_)
             | ErrorKind::LocationRefused(_) => Reason::Blocked,
-            ErrorKind::Closed(_) => Reason::RateLimited,
+            ErrorKind::Paused(_) | ErrorKind::Closed(_) => Reason::RateLimited,
             ErrorKind::TooLarge(_) if matches!(self.step, Step::GetManifest | Step::GetChild) => {
                 Reason::ManifestRefused
             }
@@ -314,6 +320,7 @@ impl fmt::Display for ErrorKind {
             Self::Connect => f.write_str("no connection"),
             Self::Tls => f.write_str("the certificate is not trusted"),
             Self::TimedOut => f.write_str("no answer in time"),
+            Self::TooSlow => f.write_str("bytes move more slowly than limits.minBytesPerSecond"),
             Self::Interrupted => f.write_str("the connection broke"),
             Self::Status { status, code, message, credential, .. } => {
                 write!(f, "{}", status.as_u16())?;
@@ -329,7 +336,9 @@ impl fmt::Display for ErrorKind {
                     (None, _) => Ok(()),
                 }
             }
-            Self::Closed(pause) => write!(f, "it asked to be left alone, for another {} s", pause.as_secs()),
+            Self::Paused(pause) | Self::Closed(pause) => {
+                write!(f, "it asked to be left alone, for another {} s", pause.as_secs())
+            }
             Self::Denied(denied) => {
                 write!(f, "{denied}; allow it with networks.allow in the operator's configuration")
             }

@@ -18,6 +18,7 @@ mod layout;
 mod limits;
 mod list;
 mod network;
+mod pace;
 #[cfg(test)]
 mod properties;
 mod pull;
@@ -35,6 +36,7 @@ pub use error::{Error, ErrorKind, Side, Step};
 pub use layout::{Layout, LayoutError, LayoutRepository};
 pub use list::{MAX_PAGES, TagList};
 pub use network::{Denied, Networks};
+pub use pace::Floor;
 pub use push::{PutOptions, Stored};
 pub use quirks::{Quirks, UploadStrategy};
 pub use repository::{Access, Repository};

@@ -1,6 +1,8 @@
 //! How large blobs are sent: in one request or in pieces, as the registry is known or has turned out to want them, and
 //! no byte twice that is at the target already.
 
+use std::time::Duration;
+
 use anyhow::{Context as _, Result, ensure};
 use imagemirror::{
     copy::Referrers,
@@ -168,6 +170,27 @@ async fn an_upload_that_breaks_goes_on_where_it_broke() -> Result<()> {
             ensure!(bytes <= most, "{}: {bytes} bytes were sent: {:#?}", what(), upload.sent()?);
             ensure!(reads.len() == 2 && reads[1].is_some() == is_continued, "{}: {reads:?}", what());
         }
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn an_upload_goes_on_after_its_source_was_left_alone() -> Result<()> {
+    let image = image(9 * MIB).await?;
+    for kind in [Distribution, Olareg] {
+        let upload = Upload::new(kind, &image).await?;
+        let source = Proxy::to(Env::get(), &Env::get().open).start().await?;
+        let read = Matcher::new().method("GET").route(Route::Blob).reference(&upload.large()?.digest);
+        source.rule(read.clone().times(1), Do::CutResponseBody { after: 6 << 20, close: Close::Fin });
+        source.rule(read.clone().times(1), Do::respond(429).header("Retry-After", "1"));
+        let mut options = crate::cases::options();
+        options.timing.hold = Duration::from_millis(100);
+        upload.copy(&Client::new(options), source.registry(), "a").await.with_context(|| format!("{kind:?}"))?;
+        let (reads, sent) = (source.count(&read), upload.sent()?);
+        let bytes: u64 = sent.iter().map(|request| request.request_bytes).sum();
+        ensure!((reads, sent.len()) == (3, 2) && bytes <= 11 << 20, "{kind:?}: {reads} reads, {bytes}: {sent:#?}");
+        let starts = Matcher::new().method("POST").route(Route::UploadStart).reference(&upload.large()?.digest);
+        ensure!(upload.proxy.count(&starts) == 1, "{kind:?}: another session");
     }
     Ok(())
 }

@@ -51,8 +51,8 @@ impl Drop for Listener {
     }
 }
 
-/// A server without TLS whose answers begin and never come to the end of their head, a byte at a time.
-pub(super) async fn trickle() -> Result<(String, JoinSet<()>)> {
+/// A server without TLS whose answers begin like this and never end, a byte at a time.
+pub(super) async fn trickle(beginning: &'static str) -> Result<(String, JoinSet<()>)> {
     let listener = TcpListener::bind(("127.0.0.1", 0)).await?;
     let host = listener.local_addr()?.to_string();
     let mut tasks = JoinSet::new();
@@ -61,12 +61,10 @@ pub(super) async fn trickle() -> Result<(String, JoinSet<()>)> {
         while let Ok((mut stream, _)) = listener.accept().await {
             connections.spawn(async move {
                 let mut every = tokio::time::interval(Duration::from_millis(20));
-                let head = b"HTTP/1.1 200 OK\r\nX-Slow: ".iter().chain(std::iter::repeat(&b'a'));
-                for byte in head {
+                let mut next = beginning.as_bytes();
+                while stream.write_all(next).await.is_ok() {
                     every.tick().await;
-                    if stream.write_all(&[*byte]).await.is_err() {
-                        return;
-                    }
+                    next = b"a";
                 }
             });
         }

@@ -10,6 +10,7 @@ mod downloads;
 mod leaks;
 mod listener;
 mod quirks;
+mod slow;
 mod threats;
 mod uploads;
 mod whole;
@@ -34,6 +35,7 @@ async fn every_fault_of_the_catalogue_ends_as_it_should() -> Result<()> {
         leaks::rows(),
         threats::rows(),
         quirks::rows(),
+        slow::rows(),
     ];
     let rows: Vec<Row> = tables.into_iter().flatten().collect();
     let ids: HashSet<&str> = rows.iter().map(|row| row.id.as_str()).collect();

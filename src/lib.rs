@@ -9,6 +9,7 @@
 //! | [`auth`] | credentials, how they are matched, challenges, tokens | tokens only |
 //! | [`registry`] | the distribution protocol: one client for the process, cheap handles on repositories | yes |
 //! | [`copy`] | the graph copy: manifests, blobs, deduplication, progress | yes |
+//! | [`select`] | which tags are wanted, by rule | no |
 //! | [`plan`] | what is wanted against what is there | no |
 //! | [`schedule`] | when the next run is due | no |
 //! | [`sync`](mod@sync) | the one entry that operator and command line share | yes |
@@ -22,6 +23,7 @@ pub mod plan;
 pub mod reason;
 pub mod registry;
 pub mod schedule;
+pub mod select;
 pub mod sync;
 
 #[cfg(feature = "operator")]

@@ -33,6 +33,8 @@ pub(crate) enum Role {
     /// What no client can do without.
     Floor,
     Ours,
+    /// Ours, doing more than the peers: no part of the comparison.
+    More,
     Peer,
 }
 
@@ -40,6 +42,8 @@ pub(crate) enum Role {
 enum Call {
     Floor,
     ImageMirror,
+    /// With what is attached to images, as by default.
+    WithReferrers,
     Crane,
     Regsync,
     Skopeo,
@@ -71,7 +75,8 @@ pub(crate) fn clients(
         .with_context(|| format!("{} is not there: `make release` builds it", imagemirror.display()))?;
     let mut clients = vec![
         client("floor", std::env::current_exe()?, Call::Floor),
-        client("imagemirror", imagemirror, Call::ImageMirror),
+        client("imagemirror", imagemirror.clone(), Call::ImageMirror),
+        client("with referrers", imagemirror, Call::WithReferrers),
         client("crane", tools.path("crane"), Call::Crane),
         client("regsync", tools.path("regsync"), Call::Regsync),
     ];
@@ -92,6 +97,7 @@ impl Client {
         match self.call {
             Call::Floor => Role::Floor,
             Call::ImageMirror => Role::Ours,
+            Call::WithReferrers => Role::More,
             Call::Crane | Call::Regsync | Call::Skopeo | Call::Convention => Role::Peer,
         }
     }
@@ -106,7 +112,7 @@ impl Client {
         let argument = match self.call {
             Call::ImageMirror | Call::Skopeo | Call::Convention => "--version",
             Call::Crane | Call::Regsync => "version",
-            Call::Floor => return None,
+            Call::Floor | Call::WithReferrers => return None,
         };
         let output =
             Command::new(&self.program).arg(argument).output().ok().filter(|output| output.status.success())?;
@@ -129,8 +135,9 @@ impl Client {
             Call::Convention => {
                 command.args([task.source, task.target]).arg(file("tags", &task.workload.list())?);
             }
-            Call::ImageMirror => {
-                command.args(["sync", "-o", "json", "-f"]).arg(file("mirror.yaml", &mirror(task))?);
+            Call::ImageMirror | Call::WithReferrers => {
+                let policy = if self.call == Call::ImageMirror { "None" } else { "All" };
+                command.args(["sync", "-o", "json", "-f"]).arg(file("mirror.yaml", &mirror(task, policy))?);
             }
             Call::Regsync => {
                 command.args(["once", "--verbosity", "warn", "--config"]);
@@ -170,7 +177,7 @@ impl Client {
 }
 
 /// One `ImageMirror`, and the Secret with the authority.
-fn mirror(task: &Task) -> String {
+fn mirror(task: &Task, referrers: &str) -> String {
     let images: Vec<Value> = task
         .workload
         .repositories()
@@ -184,6 +191,7 @@ fn mirror(task: &Task) -> String {
             "registries": [registry(task.source), registry(task.target)],
             "images": images,
             "target": { "registry": task.target },
+            "referrers": { "policy": referrers },
         },
     });
     let secret = json!({

@@ -16,7 +16,7 @@ pub struct Credential {
     fingerprint: Digest,
 }
 
-/// The user name that says that the password is an identity token (distribution-spec, OAuth2 token authentication).
+/// The user name that says that the password is an identity token (distribution-spec, `OAuth2` token authentication).
 const IDENTITY_TOKEN_USER: &str = "<token>";
 
 impl Credential {

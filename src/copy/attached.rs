@@ -12,7 +12,7 @@ use futures::future::try_join_all;
 use super::{
     CopyError,
     graph::Walk,
-    options::Referrers,
+    options::{CopyOptions, Referrers},
     run::{Run, SourceTags},
 };
 use crate::{
@@ -47,6 +47,21 @@ pub(super) struct Attached {
 pub(super) fn tag_text(digest: &Digest) -> String {
     // The specification cuts what is longer than a tag may be.
     format!("{}-{}", digest.algorithm(), digest.hex()).chars().take(128).collect()
+}
+
+/// Whether the source can have anything attached to an image, or to what that names: not where it has no referrers API
+/// and no tag that is made of a digest.
+pub async fn may_have_attached(
+    run: &Run,
+    source: &Source,
+    image: &Digest,
+    options: &CopyOptions,
+) -> Result<bool, CopyError> {
+    if options.referrers == Referrers::None {
+        return Ok(false);
+    }
+    let has_api = source.has_referrers_api(image).await.map_err(CopyError::source)?;
+    Ok(has_api || !source_tags(run, source).await.are_none())
 }
 
 impl Walk<'_> {
@@ -144,7 +159,7 @@ impl Walk<'_> {
         } else {
             self.child(&Child::Manifest(entry.descriptor.clone()), depth + 1, false).await?;
         }
-        self.target.lists_referrers(digest).await.map_err(CopyError::target)
+        self.target.has_referrers_api(digest).await.map_err(CopyError::target)
     }
 
     /// Lists an artifact that is copied for itself under its subject, where the target does not do so.
@@ -154,7 +169,7 @@ impl Walk<'_> {
         }
         let found = RawDescriptor::of_attached(manifest).map_err(|error| self.refused(&manifest.digest, error))?;
         let Some((subject, entry)) = found else { return Ok(()) };
-        if self.target.lists_referrers(&subject).await.map_err(CopyError::target)? {
+        if self.target.has_referrers_api(&subject).await.map_err(CopyError::target)? {
             return Ok(());
         }
         self.list(&subject, &[&entry]).await

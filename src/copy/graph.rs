@@ -56,12 +56,14 @@ pub async fn copy_attached(
     run: &Run,
     source: &Source,
     target: &Target,
-    root: &Digest,
+    root: &Root,
     options: &CopyOptions,
 ) -> Result<(), CopyError> {
-    let root = Root::whole(source.manifest(&root.to_string()).await.map_err(CopyError::source)?);
-    let walk = Walk::new(run, source, target, &root, options, true);
-    walk.look(&root.manifest, 0).await?;
+    let walk = Walk::new(run, source, target, root, options, true);
+    if root.is_whole() {
+        walk.look_at(&root.source_digest, 0).await?;
+    }
+    walk.look_at_children(&root.manifest, 0).await?;
     walk.copy_found().await
 }
 
@@ -194,15 +196,20 @@ impl<'a> Walk<'a> {
         Ok(RawManifest { media_type: type_to_send(&manifest, descriptor), ..manifest })
     }
 
-    /// Looks for what is attached to a manifest that is at the target, and to those that it names.
-    fn look<'b>(&'b self, manifest: &'b RawManifest, depth: u32) -> BoxFuture<'b, Result<(), CopyError>>
+    /// Looks for what is attached to a manifest that is at the target.
+    async fn look_at(&self, digest: &Digest, depth: u32) -> Result<(), CopyError> {
+        let attached = self.attached(digest, depth).await?;
+        self.found(digest, attached, depth);
+        Ok(())
+    }
+
+    /// Looks for what is attached to the manifests that one names, and to those that these name.
+    fn look_at_children<'b>(&'b self, manifest: &'b RawManifest, depth: u32) -> BoxFuture<'b, Result<(), CopyError>>
     where
         'a: 'b,
     {
         async move {
             self.check_bounds(&manifest.digest, depth)?;
-            let attached = self.attached(&manifest.digest, depth).await?;
-            self.found(&manifest.digest, attached, depth);
             let children = self.named_by(manifest)?;
             let manifests = children.iter().filter(|child| matches!(child, Child::Manifest(_))).map(Child::descriptor);
             try_join_all(manifests.map(|child| self.look_at_child(child, depth + 1))).await?;
@@ -212,13 +219,12 @@ impl<'a> Walk<'a> {
     }
 
     async fn look_at_child(&self, child: &Descriptor, depth: u32) -> Result<(), CopyError> {
-        if child.is_index() {
-            let nested = self.fetch(child).await.map_err(incomplete)?;
-            return self.look(&nested, depth).await;
+        self.look_at(&child.digest, depth).await?;
+        if !child.is_index() {
+            return Ok(());
         }
-        let attached = self.attached(&child.digest, depth).await?;
-        self.found(&child.digest, attached, depth);
-        Ok(())
+        let nested = self.fetch(child).await.map_err(incomplete)?;
+        self.look_at_children(&nested, depth).await
     }
 
     /// Moves a tag, if it may still be moved.

@@ -18,6 +18,7 @@ mod options;
 mod run;
 mod subset;
 
+pub use attached::may_have_attached;
 pub use error::CopyError;
 pub use fence::Fence;
 pub use graph::{copy, copy_attached};

@@ -237,6 +237,11 @@ pub(super) enum SourceTags {
 }
 
 impl SourceTags {
+    /// There is none.
+    pub(super) fn are_none(&self) -> bool {
+        matches!(self, Self::All(tags) if tags.is_empty())
+    }
+
     /// Whether it is worth asking for this tag.
     pub(super) fn may_have(&self, tag: &str) -> bool {
         match self {

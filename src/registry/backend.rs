@@ -74,6 +74,14 @@ impl Source {
         }
     }
 
+    /// Whether there is a referrers API. Asks for what is attached to `digest` where nothing is known yet.
+    pub async fn has_referrers_api(&self, digest: &Digest) -> Result<bool, Error> {
+        match self {
+            Self::Registry(repository) => repository.has_referrers_api(digest).await,
+            Self::Layout(_) => Ok(false),
+        }
+    }
+
     /// The same blob with its size, which schema 1 manifests do not name.
     pub async fn with_size(&self, blob: &Descriptor) -> Result<Descriptor, Error> {
         if blob.size != Descriptor::UNKNOWN_SIZE {
@@ -123,9 +131,9 @@ impl Target {
 
     /// Whether what has a subject is found by it without being listed under a tag. Asks for what is attached to
     /// `digest` where nothing is known yet.
-    pub async fn lists_referrers(&self, digest: &Digest) -> Result<bool, Error> {
+    pub async fn has_referrers_api(&self, digest: &Digest) -> Result<bool, Error> {
         match self {
-            Self::Registry(repository) => repository.lists_referrers(digest).await,
+            Self::Registry(repository) => repository.has_referrers_api(digest).await,
             Self::Layout(_) => Ok(false),
         }
     }

@@ -24,6 +24,7 @@ pub(super) struct Known {
     resumes: AtomicBool,
     /// The referrers API is there, or is not; `None` as long as nobody has asked.
     referrers: Mutex<Option<bool>>,
+    first_referrers: AsyncMutex<()>,
 }
 
 impl Known {
@@ -36,6 +37,7 @@ impl Known {
             self_mounts: AtomicBool::new(quirks.mounts),
             resumes: AtomicBool::new(quirks.resumes_uploads),
             referrers: Mutex::new(quirks.referrers_api),
+            first_referrers: AsyncMutex::default(),
         }
     }
 
@@ -118,6 +120,15 @@ impl Known {
     /// Whether there is a referrers API; `None` if nobody has asked yet.
     pub(super) fn referrers_api(&self) -> Option<bool> {
         *self.referrers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Lets one request find out whether there is a referrers API. `None`: it is known.
+    pub(super) async fn first_referrers(&self) -> Option<AsyncMutexGuard<'_, ()>> {
+        if self.referrers_api().is_some() {
+            return None;
+        }
+        let guard = self.first_referrers.lock().await;
+        if self.referrers_api().is_some() { None } else { Some(guard) }
     }
 
     /// There is a referrers API, or there is none.

@@ -64,6 +64,7 @@ impl Repository {
     /// What is attached to a manifest by the referrers API; `None` if the registry has none.
     pub(super) async fn referrers(&self, subject: &Digest) -> Result<Option<Vec<RawDescriptor>>, Error> {
         let known = self.known();
+        let _first = known.first_referrers().await;
         if known.referrers_api() == Some(false) {
             return Ok(None);
         }

@@ -215,8 +215,9 @@ impl Repository {
         Ok(())
     }
 
-    /// Whether what has a subject is found by it without being listed under a tag.
-    pub(super) async fn lists_referrers(&self, digest: &Digest) -> Result<bool, Error> {
+    /// Whether what has a subject is found by it without being listed under a tag. Asks for what is attached to `digest`
+    /// where nothing is known yet.
+    pub(super) async fn has_referrers_api(&self, digest: &Digest) -> Result<bool, Error> {
         match self.known().referrers_api() {
             Some(exists) => Ok(exists),
             None => Ok(self.referrers(digest).await?.is_some()),

@@ -237,9 +237,10 @@ impl Repository {
             if next.scheme() != "https" && next.scheme() != url.scheme() {
                 return Err(refuse("it leads from HTTPS to plain HTTP"));
             }
-            let reads = request.method == Method::GET || request.method == Method::HEAD;
+            let writes = request.method != Method::GET && request.method != Method::HEAD;
             let keeps_the_method = matches!(response.inner.status().as_u16(), 307 | 308);
-            if !reads && !(keeps_the_method && next.origin() == url.origin()) {
+            let stays = keeps_the_method && next.origin() == url.origin();
+            if writes && !stays {
                 return Err(refuse("a write goes to no other place"));
             }
             url = next;
@@ -387,7 +388,7 @@ impl Repository {
     }
 
     /// A `GET` with the query (distribution-spec, token authentication), or with a credential in it a `POST` with a form
-    /// (OAuth2 token authentication; RFC 6749, sections 4.3 and 6).
+    /// (`OAuth2` token authentication; RFC 6749, sections 4.3 and 6).
     fn token_request(
         &self,
         realm: &Url,

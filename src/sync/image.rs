@@ -7,7 +7,7 @@ use super::{
     handles::{Handles, TargetHandle},
 };
 use crate::{
-    copy::{CopyError, Referrers, Root, Run, copy, copy_attached},
+    copy::{CopyError, Root, Run, copy, copy_attached, may_have_attached},
     oci::{Digest, RawManifest, Tag},
     plan::{Action, plan},
     reason::Reason,
@@ -99,18 +99,20 @@ pub(super) async fn sync_image(
     let present = in_algorithm_of(&digest, present, target, &tag).await?;
     let last = image.last.as_ref().map(|last| &last.digest);
     let action = plan(&digest, present.as_ref(), last);
-    if action == Action::Unchanged {
-        let is_whole = digest == source_digest;
-        if is_whole && request.looks_at_attached && request.options.referrers != Referrers::None {
-            copy_attached(run, source, &target.repository, &digest, &request.options).await?;
-        }
+    let is_done = action == Action::Unchanged;
+    let options = &request.options;
+    if is_done && !(request.looks_at_attached && may_have_attached(run, source, &source_digest, options).await?) {
         return Ok(Outcome { digest, source_digest, action });
     }
     let root = match root {
         Some(root) => root,
         None => read(wanted.take(), &source_digest, image, source).await?,
     };
-    let copied = copy(run, source, &target.repository, &root, &tag, &request.options).await;
+    if is_done {
+        copy_attached(run, source, &target.repository, &root, options).await?;
+        return Ok(Outcome { digest, source_digest, action });
+    }
+    let copied = copy(run, source, &target.repository, &root, &tag, options).await;
     if let Err(error) = copied {
         return Err(explained(error, source, &root, &tag).await.into());
     }
@@ -148,8 +150,7 @@ async fn read(
 
 /// What the target has and what is wanted, in the fewest requests: a pinned digest needs the target's HEAD alone; a
 /// tag that is expected to be there, as it was after the last run or as others of the repository are, a HEAD on each side
-/// at once; one that is not there no HEAD at the source, because
-/// the GET that must follow gives the digest.
+/// at once; one that is not there no HEAD at the source, because the GET that must follow gives the digest.
 async fn look(
     image: &ImageRequest,
     source: &Source,

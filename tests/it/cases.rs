@@ -90,7 +90,8 @@ pub(crate) async fn sync_from(
     sync_images(client, sources, target, images, options).await
 }
 
-async fn sync_images(
+/// One sync of images from several sources, with these options.
+pub(crate) async fn sync_images(
     client: &Client,
     sources: Vec<Access>,
     target: Access,

@@ -1,9 +1,10 @@
 //! How few requests a sync takes, as the registries themselves have written it down.
 
 use anyhow::{Context as _, Result, ensure};
+use imagemirror::copy::{CopyOptions, Referrers};
 use testenv::{Client, Content, Env, Image, Registry};
 
-use crate::cases::{self, access, sync_with};
+use crate::cases::{self, access, sync_images};
 
 const TAGS: usize = 12;
 const PLATFORMS: [&str; 2] = ["linux/amd64", "linux/arm64"];
@@ -70,6 +71,16 @@ fn answered(registry: &Registry, repository: &str) -> Result<Answered> {
 
 /// Syncs these references of one repository, with a client that knows nothing yet, and counts.
 async fn counted(env: &Env, from: &str, to: &str, references: &[String]) -> Result<(Answered, Answered)> {
+    counted_with(env, from, to, references, Referrers::None).await
+}
+
+async fn counted_with(
+    env: &Env,
+    from: &str,
+    to: &str,
+    references: &[String],
+    referrers: Referrers,
+) -> Result<(Answered, Answered)> {
     let (source, target) = (access(env, &env.source)?, access(env, &env.target)?);
     let before = (answered(&env.source, from)?, answered(&env.target, to)?);
     let image = |reference: &String| -> Result<_> {
@@ -81,7 +92,8 @@ async fn counted(env: &Env, from: &str, to: &str, references: &[String]) -> Resu
         Ok(image)
     };
     let images = references.iter().map(image).collect::<Result<Vec<_>>>()?;
-    let report = sync_with(&cases::client(), source, target, images).await?;
+    let options = CopyOptions { referrers, ..CopyOptions::default() };
+    let report = sync_images(&cases::client(), vec![source], target, images, options).await?;
     ensure!(report.failed().next().is_none(), "{report:?}");
     let after = (answered(&env.source, from)?, answered(&env.target, to)?);
     Ok((less(&after.0, &before.0), less(&after.1, &before.1)))
@@ -122,6 +134,15 @@ async fn the_registries_count_no_request_that_could_be_left_out() -> Result<()> 
     let (source, target) = counted(env, &from, &to, &tags).await?;
     let heads = Answered { heads: TAGS, unauthorized: 1, ..NOTHING };
     ensure!(source == heads && target == heads, "nothing to do: {source:?}, {target:?}");
+
+    // Where nothing can be attached to anything, looking for it is one list, and one question for the referrers API.
+    let looks = Answered { lists: 1, others: 1, ..NOTHING };
+    let (source, target) = counted_with(env, &from, &to, &tags, Referrers::All).await?;
+    ensure!(source == Answered { heads: TAGS, unauthorized: 1, ..looks }, "nothing to do, nor attached: {source:?}");
+    ensure!(target == heads, "nothing to do, nor attached: {target:?}");
+    let (source, target) = counted_with(env, &from, &format!("{to}-attached"), &tags, Referrers::All).await?;
+    ensure!(source == Answered { manifests, blobs, unauthorized: 1, ..looks }, "fresh, nothing attached: {source:?}");
+    ensure!(target == Answered { heads: 1, lists: 1, unauthorized: 1, ..posts }, "fresh, nothing attached: {target:?}");
 
     // A tag of which the target has all but two layers and two configurations, in a process that knows nothing of it.
     at_source.push(&from, "next", &image("next")).await?;

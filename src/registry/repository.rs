@@ -311,16 +311,22 @@ impl Repository {
 
     /// A blob from the first of its `urls` that has it: HTTPS only, without credentials, and to no closed network.
     async fn foreign_blob(&self, request: &Request, blob: &Descriptor, absent: Error) -> Result<Response, Error> {
-        let mut last = absent;
+        let mut last = None;
         for url in blob.urls.iter().filter_map(|url| Url::parse(url).ok()).filter(|url| url.scheme() == "https") {
             let request = Request { url, ..request.clone() };
             match self.follow(&request, &Authorization::nothing()).await {
                 Ok(response) if response.inner.status().is_success() => return Ok(response),
-                Ok(response) => last = self.status_error(&request, response).await,
-                Err(error) => last = error,
+                Ok(response) => last = Some(self.status_error(&request, response).await),
+                Err(error) => last = Some(error),
             }
         }
-        Err(last)
+        match last {
+            // Whatever a vendor wants that we have not: here it is the layer that is missing.
+            Some(error) if error.status().is_some_and(|status| status.is_client_error()) => {
+                Err(absent.caused_by(error))
+            }
+            last => Err(last.unwrap_or(absent)),
+        }
     }
 
     /// The size of the whole blob, and how many bytes of this answer to leave out because the range was ignored.

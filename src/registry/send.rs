@@ -427,10 +427,14 @@ impl Repository {
 
     pub(super) async fn status_error(&self, request: &Request, response: Response) -> Error {
         let status = response.inner.status();
+        let elsewhere = Some(response.inner.url()).filter(|url| !self.is_same_origin(url)).map(host_of);
         let retry_after = header::retry_after(response.inner.headers(), jiff::Timestamp::now());
         let body = self.read_body(response, MAX_SMALL_BODY, request.step, &request.subject).await.unwrap_or_default();
         let (code, message) = parse_envelope(&body);
-        self.error(ErrorKind::Status { status, code, message, retry_after, credential: None }, request)
+        let mut error = self.error(ErrorKind::Status { status, code, message, retry_after, credential: None }, request);
+        // What another host says that the registry has sent us to.
+        error.host = elsewhere.unwrap_or(error.host);
+        error
     }
 
     /// Reads a body whose kind is bounded. An answer that declares more is refused unread.

@@ -7,6 +7,7 @@
 mod auth;
 mod bench;
 mod downloads;
+mod foreign;
 mod leaks;
 mod listener;
 mod quirks;
@@ -34,6 +35,7 @@ async fn every_fault_of_the_catalogue_ends_as_it_should() -> Result<()> {
         whole::rows(),
         leaks::rows(),
         threats::rows(),
+        foreign::rows(),
         quirks::rows(),
         slow::rows(),
     ];

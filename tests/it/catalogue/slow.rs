@@ -19,7 +19,7 @@ use super::bench::{
 };
 
 /// More than the buffers of a connection on this machine hold.
-static BIG: LazyLock<Image> = LazyLock::new(|| Image::single(441, &[24 << 20]));
+static BIG: LazyLock<Image> = LazyLock::new(|| Image::single(441, &[16 << 20]));
 
 pub(super) fn rows() -> Vec<Row> {
     [slow(), paused()].into_iter().flatten().collect()

@@ -168,6 +168,14 @@ fn names() -> Vec<Row> {
         row("R31-plain", "no plain HTTP where TLS fails", |bench| hello(bench, |hello| hello.first() == Some(&0x16))),
         row("R33", "HTTP/2 is never offered", |bench| hello(bench, offers_http1_alone)),
         row("R32", "a name that does not exist stops no other image", unknown_name),
+        row("R32-target", "a target whose name does not exist", |bench| async move {
+            let target = bench.target.registry().at("registry.invalid");
+            let report = bench.copy_between(&client(), bench.source.registry(), &target, &bench.to).await?;
+            bench.failed(&report, &[Reason::TargetUnavailable], None).await?;
+            let is_named = report.failed().all(|(_, failure)| failure.message.contains("registry.invalid"));
+            ensure!(is_named && bench.source.count(&get_blob(large())) == 0, "{report:?}");
+            Ok(())
+        }),
     ]
 }
 

@@ -30,8 +30,8 @@ pub struct Error {
 pub enum ErrorKind {
     /// The name did not resolve or no connection came about.
     Connect,
-    /// The certificate was not accepted, or TLS failed otherwise.
-    Tls,
+    /// The certificate was not accepted.
+    Tls(CertificateProblem),
     /// Nothing arrived for as long as [`Timing`](super::Timing) allows.
     TimedOut,
     /// Bytes move more slowly than [`Floor`](super::Floor) allows.
@@ -79,6 +79,26 @@ pub enum ErrorKind {
     Setup(String),
     /// Another leader may have taken over: no tag is written any more.
     LeadershipLost,
+}
+
+/// What is wrong with a certificate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum CertificateProblem {
+    /// It was valid before.
+    #[error("the registry's certificate has expired")]
+    Expired,
+    /// It will be valid later.
+    #[error("the registry's certificate is not valid yet")]
+    NotYetValid,
+    /// It is for other names.
+    #[error("the registry's certificate is for another name")]
+    OtherName,
+    /// Who has signed it is not known, or it is not as it should be.
+    #[error("the registry's certificate is not trusted")]
+    Untrusted,
+    /// It is ours that the registry does not accept, or that there is none.
+    #[error("the registry refused the TLS connection")]
+    Refused,
 }
 
 /// A step of the protocol.
@@ -213,7 +233,7 @@ impl Error {
             Side::Target => Reason::TargetUnavailable,
         };
         match &self.kind {
-            ErrorKind::Tls => Reason::CertificateInvalid,
+            ErrorKind::Tls(_) => Reason::CertificateInvalid,
             ErrorKind::Connect
             | ErrorKind::TimedOut
             | ErrorKind::TooSlow
@@ -318,7 +338,7 @@ impl fmt::Display for ErrorKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Connect => f.write_str("no connection"),
-            Self::Tls => f.write_str("the certificate is not trusted"),
+            Self::Tls(problem) => write!(f, "{problem}"),
             Self::TimedOut => f.write_str("no answer in time"),
             Self::TooSlow => f.write_str("bytes move more slowly than limits.minBytesPerSecond"),
             Self::Interrupted => f.write_str("the connection broke"),

@@ -32,7 +32,7 @@ mod upload;
 pub use backend::{BlobOpener, Source, Target};
 pub use body::{BlobStream, Meter};
 pub use client::{Client, ClientOptions, HostOptions, Timing};
-pub use error::{Error, ErrorKind, Side, Step};
+pub use error::{CertificateProblem, Error, ErrorKind, Side, Step};
 pub use layout::{Layout, LayoutError, LayoutRepository};
 pub use list::{MAX_PAGES, TagList};
 pub use network::{Denied, Networks};

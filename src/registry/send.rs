@@ -19,7 +19,7 @@ use tokio::time::{Instant, timeout};
 use url::Url;
 
 use super::{
-    error::{Error, ErrorKind, Step, parse_envelope},
+    error::{CertificateProblem, Error, ErrorKind, Step, parse_envelope},
     header,
     limits::{Identity, LONGEST_WAIT, Permit, Shut, Verdict},
     network::Denied,
@@ -525,15 +525,30 @@ pub(super) fn transport_error(error: reqwest::Error, step: Step, host: &str, sub
     if let Some(denied) = cause::<Denied>(&error) {
         return Error::new(ErrorKind::Denied(denied.clone()), step, host, subject);
     }
-    let is_certificate =
-        |tls: &rustls::Error| matches!(tls, rustls::Error::InvalidCertificate(_) | rustls::Error::AlertReceived(_));
+    let certificate = cause::<rustls::Error>(&error).and_then(certificate_problem);
     let kind = match () {
-        () if cause::<rustls::Error>(&error).is_some_and(is_certificate) => ErrorKind::Tls,
+        () if let Some(problem) = certificate => ErrorKind::Tls(problem),
         () if error.is_connect() => ErrorKind::Connect,
         () if error.is_timeout() => ErrorKind::TimedOut,
         () => ErrorKind::Interrupted,
     };
     Error::new(kind, step, host, subject).caused_by(error.without_url())
+}
+
+fn certificate_problem(error: &rustls::Error) -> Option<CertificateProblem> {
+    use rustls::CertificateError as Wrong;
+    Some(match error {
+        rustls::Error::AlertReceived(_) => CertificateProblem::Refused,
+        rustls::Error::InvalidCertificate(Wrong::Expired | Wrong::ExpiredContext { .. }) => CertificateProblem::Expired,
+        rustls::Error::InvalidCertificate(Wrong::NotValidYet | Wrong::NotValidYetContext { .. }) => {
+            CertificateProblem::NotYetValid
+        }
+        rustls::Error::InvalidCertificate(Wrong::NotValidForName | Wrong::NotValidForNameContext { .. }) => {
+            CertificateProblem::OtherName
+        }
+        rustls::Error::InvalidCertificate(_) => CertificateProblem::Untrusted,
+        _ => return None,
+    })
 }
 
 /// Looks for a cause of this type, also inside `io::Error`s, which do not name what they hold as their source.

@@ -3,7 +3,10 @@
 
 use std::{
     net::SocketAddr,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::Duration,
 };
 
@@ -92,6 +95,7 @@ async fn listen(listener: TcpListener, heard: Arc<Mutex<Vec<Vec<u8>>>>) {
 /// A second address of this machine for a server that has one already: `127.0.0.2:PORT`. Ends when it is dropped.
 pub(super) struct Relay {
     address: SocketAddr,
+    connections: Arc<AtomicUsize>,
     task: JoinHandle<()>,
 }
 
@@ -100,9 +104,12 @@ impl Relay {
         let listener = TcpListener::bind(("127.0.0.2", 0)).await?;
         let address = listener.local_addr()?;
         let host = host.to_owned();
+        let count = Arc::<AtomicUsize>::default();
+        let connections = Arc::clone(&count);
         let task = tokio::spawn(async move {
             let mut connections = JoinSet::new();
             while let Ok((mut near, _)) = listener.accept().await {
+                count.fetch_add(1, Ordering::Relaxed);
                 let host = host.clone();
                 connections.spawn(async move {
                     let Ok(mut far) = tokio::net::TcpStream::connect(host).await else { return };
@@ -110,11 +117,16 @@ impl Relay {
                 });
             }
         });
-        Ok(Self { address, task })
+        Ok(Self { address, connections, task })
     }
 
     pub(super) fn host(&self) -> String {
         self.address.to_string()
+    }
+
+    /// How many have come.
+    pub(super) fn connections(&self) -> usize {
+        self.connections.load(Ordering::Relaxed)
     }
 }
 

@@ -22,12 +22,14 @@ pub use timing::Timing;
 use crate::{
     api::parse_duration,
     oci::Host,
-    registry::{self, ClientOptions, HostOptions, Networks, Quirks, Transport, TransportError, UploadStrategy},
+    registry::{self, ClientOptions, Floor, HostOptions, Networks, Quirks, Transport, TransportError, UploadStrategy},
     telemetry::logging::{self, Format},
 };
 
 /// No limit is higher: what it counts takes memory and connections.
 const MAX_LIMIT: usize = 10_000;
+/// What is below is too slow: an ordinary line is not.
+const MAX_FLOOR: u64 = 1 << 20;
 /// No duration is longer: thirty days.
 const MAX_DURATION: Duration = Duration::from_hours(720);
 /// What is left, when the write of a tag has ended, of the time that had to be left when it began.
@@ -68,6 +70,8 @@ pub struct RegistryConfig {
 pub struct Limits {
     /// Objects that are synced at one time.
     pub runs: usize,
+    /// Bytes of a body that have to move in a second, on average over [`Timing::floor_window`]; 0 is no bound.
+    pub min_bytes_per_second: u64,
 }
 
 /// What is logged, and how.
@@ -149,7 +153,7 @@ impl Default for Config {
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { runs: 4 }
+        Self { runs: 4, min_bytes_per_second: Floor::default().per_second }
     }
 }
 
@@ -206,6 +210,8 @@ impl Config {
         let timing = registry::Timing {
             head: self.timing.head_timeout,
             idle: self.timing.idle_timeout,
+            floor: Floor { per_second: self.limits.min_bytes_per_second, window: self.timing.floor_window },
+            hold: self.timing.hold_timeout,
             answer: self.timing.answer_timeout,
             backoff_first: self.timing.backoff_first,
             backoff_max: self.timing.backoff_max,
@@ -301,9 +307,22 @@ struct HostLimitsEntry {
 }
 
 #[derive(Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
 struct LimitsEntry {
     runs: Option<usize>,
+    min_bytes_per_second: Option<u64>,
+}
+
+impl LimitsEntry {
+    fn validate(&self) -> Result<Limits, Wrong> {
+        let default = Limits::default();
+        let min_bytes_per_second = self.min_bytes_per_second.unwrap_or(default.min_bytes_per_second);
+        if min_bytes_per_second > MAX_FLOOR {
+            let problem = format!("{min_bytes_per_second} is out of range: write 0 (no bound) to {MAX_FLOOR}");
+            return Err(Wrong::new("limits.minBytesPerSecond", problem));
+        }
+        Ok(Limits { runs: limit("limits.runs", self.runs, default.runs)?, min_bytes_per_second })
+    }
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -357,7 +376,7 @@ impl File {
         logging::filter(&log.level).map_err(|error| Wrong::new("log.level", error.to_string()))?;
         Ok(Config {
             registries,
-            limits: Limits { runs: limit("limits.runs", self.limits.runs, Limits::default().runs)? },
+            limits: self.limits.validate()?,
             networks: self.networks.validate()?,
             watch_namespaces: self.watch_namespaces,
             timing: timing(&self.timing)?,

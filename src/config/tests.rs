@@ -16,9 +16,14 @@ fn the_example_has_every_default() {
     let text = include_str!("../../config/operator.yaml");
     let config = parse(text).unwrap();
     assert_eq!((&config.timing, config.limits, &config.log), (&Timing::default(), Limits::default(), &Log::default()));
+    let schema = include_str!("../../charts/imagemirror/values.schema.json");
+    let schema: serde_json::Value = serde_json::from_str(schema).unwrap();
+    let in_chart = &schema["properties"]["config"]["properties"]["timing"]["properties"];
     for key in Timing::KEYS {
         assert!(text.contains(&format!("\n  {key}: ")), "{key} is not in config/operator.yaml");
+        assert!(in_chart[key].is_object(), "{key} is not in the chart's values.schema.json");
     }
+    assert_eq!(in_chart.as_object().unwrap().len(), Timing::KEYS.len());
     let example = &config.registries[&"registry.example.com".parse().unwrap()];
     assert_eq!((example.options.requests, example.options.streams), (32, 6));
     assert_eq!(example.options.auth_hosts, ["auth.example.com".parse().unwrap()]);
@@ -48,6 +53,7 @@ fn an_unknown_or_repeated_key_is_refused_with_its_place() {
 fn wrong_values_are_refused_with_their_key() {
     for (text, key) in [
         ("limits: {runs: 0}", "limits.runs: 0 is out of range"),
+        ("limits: {minBytesPerSecond: 1048577}", "limits.minBytesPerSecond: 1048577 is out of range"),
         ("registries: [{host: a.b, limits: {streams: 0}}]", "registries[0].limits.streams: "),
         ("registries: [{host: 'https://a.b'}]", "registries[0].host: invalid registry host"),
         ("registries: [{host: a.b, authHosts: [a.b, 'x/y']}]", "registries[0].authHosts[1]: "),
@@ -74,9 +80,10 @@ fn a_duration_is_above_zero_and_has_a_unit() {
         let message = refused(&format!("timing: {{headTimeout: {wrong}}}"));
         assert!(message.contains("timing.headTimeout: invalid duration"), "{message}");
     }
-    let config = parse("timing: {headTimeout: 1m30s, backoffFirst: 20ms}").unwrap();
-    let timing = config.client_options().timing;
+    let text = "{limits: {minBytesPerSecond: 0}, timing: {headTimeout: 1m30s, backoffFirst: 20ms, floorWindow: 5s}}";
+    let timing = parse(text).unwrap().client_options().timing;
     assert_eq!((timing.head, timing.backoff_first), (Duration::from_secs(90), Duration::from_millis(20)));
+    assert_eq!(timing.floor, Floor { per_second: 0, window: Duration::from_secs(5) });
 }
 
 #[test]

@@ -67,6 +67,10 @@ timing! {
     head_timeout "headTimeout" = Duration::from_secs(30);
     /// A transfer in which no byte moves.
     idle_timeout "idleTimeout" = Duration::from_secs(30);
+    /// How long a body is looked at before it is found to be too slow.
+    floor_window "floorWindow" = Duration::from_mins(1);
+    /// How long an upload under way is held for a source that wants to be left alone.
+    hold_timeout "holdTimeout" = Duration::from_secs(15);
     /// The registry's answer after the last byte of an upload.
     answer_timeout "answerTimeout" = Duration::from_mins(10);
     /// The first wait before a failed request to a registry is repeated; it doubles.

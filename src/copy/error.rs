@@ -3,7 +3,7 @@
 use crate::{
     oci::{Algorithm, Child, ManifestError, RawManifest, media_type},
     reason::Reason,
-    registry::{Error, ErrorKind, Side, Step},
+    registry::{CertificateProblem, Error, ErrorKind, Side, Step},
 };
 
 /// A copy that did not end with the tag in place.
@@ -120,6 +120,9 @@ impl CopyError {
     pub fn advice(&self) -> &'static str {
         let side = match self {
             Self::Form { advice, .. } => return advice,
+            Self::Registry { error: Error { kind: ErrorKind::Tls(problem), .. }, .. } => {
+                return certificate_advice(*problem);
+            }
             Self::Registry { side, .. } => *side,
             Self::Contended(_) | Self::TargetChanged => Side::Target,
             Self::Manifest { .. } | Self::Bounds { .. } | Self::PlatformMissing { .. } => Side::Source,
@@ -139,9 +142,7 @@ impl CopyError {
             }
             (Reason::SourceNotFound, _) => "check the name and the tag in spec.images; a copy at the target stays",
             (Reason::RepositoryMissing, _) => "create the repository at the target first",
-            (Reason::CertificateInvalid, _) => {
-                "name the registry's CA in spec.registries[].certSecretRef, as the key ca.crt of a Secret"
-            }
+            (Reason::CertificateInvalid, _) => certificate_advice(CertificateProblem::Untrusted),
             (Reason::SourceUnavailable, _) => "check spec.images[].source and that the registry is up",
             (Reason::TargetUnavailable, _) => "check spec.target.registry and that the registry is up",
             (Reason::TagImmutable, _) => "use another tag, or allow this one to be moved at the target",
@@ -157,6 +158,21 @@ impl CopyError {
         match self.advice() {
             "" => self.to_string(),
             advice => format!("{self}; {advice}"),
+        }
+    }
+}
+
+fn certificate_advice(problem: CertificateProblem) -> &'static str {
+    match problem {
+        CertificateProblem::Expired => "have the certificate renewed, and check that the clocks are right",
+        CertificateProblem::NotYetValid => "check the clocks of the registry and of this machine",
+        CertificateProblem::OtherName => "use a name that the certificate is for, or have one made for this name",
+        CertificateProblem::Untrusted => {
+            "name the registry's CA in spec.registries[].certSecretRef, as the key ca.crt of a Secret"
+        }
+        CertificateProblem::Refused => {
+            "if it wants a client certificate, name one in spec.registries[].certSecretRef, as the keys tls.crt and \
+             tls.key of a Secret"
         }
     }
 }

@@ -6,7 +6,7 @@ use std::{
     pin::Pin,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicU64, Ordering},
     },
     task::{Context, Poll, ready},
     time::Duration,
@@ -217,7 +217,8 @@ pub(super) struct BodyState {
     started: Instant,
     last_byte_ms: AtomicU64,
     remaining: AtomicU64,
-    waits_for_source: AtomicBool,
+    /// Since when it is the source that everybody waits for, and how long it was before.
+    source_wait: Mutex<(Option<Instant>, Duration)>,
     failure: Mutex<Option<Error>>,
 }
 
@@ -233,7 +234,7 @@ impl FeedBody {
             started: Instant::now(),
             last_byte_ms: AtomicU64::new(0),
             remaining: AtomicU64::new(len),
-            waits_for_source: AtomicBool::new(false),
+            source_wait: Mutex::default(),
             failure: Mutex::new(None),
         };
         Self { feed: Arc::clone(feed), remaining: len, state: Arc::new(state) }
@@ -257,7 +258,14 @@ impl BodyState {
 
     /// Whether it is the source that everybody waits for.
     pub(super) fn is_waiting_for_source(&self) -> bool {
-        self.waits_for_source.load(Ordering::Relaxed)
+        self.source_wait().0.is_some()
+    }
+
+    /// How long it was not the source that everybody waited for, and how many bytes have not been handed over.
+    pub(super) fn of_target(&self) -> (Duration, u64) {
+        let (since, before) = *self.source_wait();
+        let source = before + since.map_or(Duration::ZERO, |since| since.elapsed());
+        (self.started.elapsed().saturating_sub(source), self.remaining.load(Ordering::Relaxed))
     }
 
     /// Whether every byte has been handed over.
@@ -268,6 +276,19 @@ impl BodyState {
     /// Why the body failed, if it did.
     pub(super) fn take_failure(&self) -> Option<Error> {
         self.failure.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    fn waits_for_source(&self, waits: bool) {
+        let (since, before) = &mut *self.source_wait();
+        if waits {
+            since.get_or_insert_with(Instant::now);
+        } else {
+            *before += since.take().map_or(Duration::ZERO, |since| since.elapsed());
+        }
+    }
+
+    fn source_wait(&self) -> MutexGuard<'_, (Option<Instant>, Duration)> {
+        self.source_wait.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn moved(&self, remaining: u64) {
@@ -290,7 +311,7 @@ impl Body for FeedBody {
             return Poll::Ready(None);
         }
         let polled = lock(&this.feed).poll(context, this.remaining);
-        this.state.waits_for_source.store(polled.is_pending(), Ordering::Relaxed);
+        this.state.waits_for_source(polled.is_pending());
         match ready!(polled) {
             Ok(chunk) => {
                 this.remaining -= chunk.len() as u64;

@@ -12,6 +12,7 @@ use super::{
     known::Known,
     limits::HostLimits,
     network::Networks,
+    pace::Floor,
     quirks::Quirks,
     transport::{Pools, Transport, TransportError},
 };
@@ -29,6 +30,10 @@ pub struct Timing {
     pub head: Duration,
     /// For the next byte, either way.
     pub idle: Duration,
+    /// How fast bytes must move, either way.
+    pub floor: Floor,
+    /// How long an upload under way is held for a source that wants to be left alone.
+    pub hold: Duration,
     /// For the answer after the last byte of an upload.
     pub answer: Duration,
     /// How long an unused connection is kept.
@@ -49,6 +54,8 @@ impl Default for Timing {
             connect: Duration::from_secs(10),
             head: Duration::from_secs(30),
             idle: Duration::from_secs(30),
+            floor: Floor::default(),
+            hold: Duration::from_secs(15),
             answer: Duration::from_mins(10),
             pool_idle: Duration::from_secs(20),
             backoff_first: Duration::from_secs(1),

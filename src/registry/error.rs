@@ -30,10 +30,12 @@ pub struct Error {
 pub enum ErrorKind {
     /// The name did not resolve or no connection came about.
     Connect,
-    /// The certificate was not accepted, or TLS failed otherwise.
-    Tls,
+    /// The certificate was not accepted.
+    Tls(CertificateProblem),
     /// Nothing arrived for as long as [`Timing`](super::Timing) allows.
     TimedOut,
+    /// Bytes move more slowly than [`Floor`](super::Floor) allows.
+    TooSlow,
     /// The connection broke after the request was sent.
     Interrupted,
     /// An answer that is not a success.
@@ -49,6 +51,8 @@ pub enum ErrorKind {
         /// Where the credential came from that was refused with 401 or 403.
         credential: Option<String>,
     },
+    /// The host has asked to be left alone for this long, in which nothing should be held for it.
+    Paused(Duration),
     /// The host has asked to be left alone for this long, which is longer than a run waits.
     Closed(Duration),
     /// The address is in a network that the administrator has closed.
@@ -75,6 +79,26 @@ pub enum ErrorKind {
     Setup(String),
     /// Another leader may have taken over: no tag is written any more.
     LeadershipLost,
+}
+
+/// What is wrong with a certificate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum CertificateProblem {
+    /// It was valid before.
+    #[error("the registry's certificate has expired")]
+    Expired,
+    /// It will be valid later.
+    #[error("the registry's certificate is not valid yet")]
+    NotYetValid,
+    /// It is for other names.
+    #[error("the registry's certificate is for another name")]
+    OtherName,
+    /// Who has signed it is not known, or it is not as it should be.
+    #[error("the registry's certificate is not trusted")]
+    Untrusted,
+    /// It is ours that the registry does not accept, or that there is none.
+    #[error("the registry refused the TLS connection")]
+    Refused,
 }
 
 /// A step of the protocol.
@@ -187,7 +211,7 @@ impl Error {
     #[must_use]
     pub fn is_retryable(&self) -> bool {
         match &self.kind {
-            ErrorKind::Connect | ErrorKind::TimedOut | ErrorKind::Interrupted => true,
+            ErrorKind::Connect | ErrorKind::TimedOut | ErrorKind::TooSlow | ErrorKind::Interrupted => true,
             ErrorKind::Status { status, code, .. } => {
                 let about_manifest = code.as_deref().is_some_and(|code| code.starts_with("MANIFEST_"));
                 let refused_form = status.is_server_error() && about_manifest;
@@ -209,16 +233,18 @@ impl Error {
             Side::Target => Reason::TargetUnavailable,
         };
         match &self.kind {
-            ErrorKind::Tls => Reason::CertificateInvalid,
-            ErrorKind::Connect | ErrorKind::TimedOut | ErrorKind::Interrupted | ErrorKind::LeadershipLost => {
-                unavailable
-            }
+            ErrorKind::Tls(_) => Reason::CertificateInvalid,
+            ErrorKind::Connect
+            | ErrorKind::TimedOut
+            | ErrorKind::TooSlow
+            | ErrorKind::Interrupted
+            | ErrorKind::LeadershipLost => unavailable,
             ErrorKind::Denied(_)
             | ErrorKind::RealmRefused(_)
             | ErrorKind::RedirectRefused(_)
             | ErrorKind::LinkRefused(_)
             | ErrorKind::LocationRefused(_) => Reason::Blocked,
-            ErrorKind::Closed(_) => Reason::RateLimited,
+            ErrorKind::Paused(_) | ErrorKind::Closed(_) => Reason::RateLimited,
             ErrorKind::TooLarge(_) if matches!(self.step, Step::GetManifest | Step::GetChild) => {
                 Reason::ManifestRefused
             }
@@ -312,8 +338,9 @@ impl fmt::Display for ErrorKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Connect => f.write_str("no connection"),
-            Self::Tls => f.write_str("the certificate is not trusted"),
+            Self::Tls(problem) => write!(f, "{problem}"),
             Self::TimedOut => f.write_str("no answer in time"),
+            Self::TooSlow => f.write_str("bytes move more slowly than limits.minBytesPerSecond"),
             Self::Interrupted => f.write_str("the connection broke"),
             Self::Status { status, code, message, credential, .. } => {
                 write!(f, "{}", status.as_u16())?;
@@ -329,7 +356,9 @@ impl fmt::Display for ErrorKind {
                     (None, _) => Ok(()),
                 }
             }
-            Self::Closed(pause) => write!(f, "it asked to be left alone, for another {} s", pause.as_secs()),
+            Self::Paused(pause) | Self::Closed(pause) => {
+                write!(f, "it asked to be left alone, for another {} s", pause.as_secs())
+            }
             Self::Denied(denied) => {
                 write!(f, "{denied}; allow it with networks.allow in the operator's configuration")
             }

@@ -71,8 +71,17 @@ pub(super) enum Verdict {
     Overloaded(Option<Duration>),
 }
 
+/// A host that is to be left alone, for how long.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Shut {
+    /// For longer than who asks can wait, who may come again.
+    ForNow(Duration),
+    /// For longer than anybody waits.
+    ForLong(Duration),
+}
+
 /// A host that wants to be left alone for longer is not waited for inside a run.
-const LONGEST_WAIT: Duration = Duration::from_mins(1);
+pub(super) const LONGEST_WAIT: Duration = Duration::from_mins(1);
 /// Refusals in a row that do not say for how long, after which nobody waits any more.
 const MAX_REFUSALS: u32 = 3;
 /// No registry may stop us for longer than this, whatever it says.
@@ -105,13 +114,16 @@ impl HostLimits {
     /// Waits until the host may be asked with this credential, then for a place among the requests in flight. Gate
     /// first, permit second: whoever waits for a closed host holds nothing.
     ///
-    /// A host that is closed for longer than a minute is not waited for: the error says for how long it is.
-    pub(super) async fn request(self: &Arc<Self>, identity: &Identity) -> Result<Permit, Duration> {
+    /// A host that is closed for longer than `patience`, or than a minute, is not waited for.
+    pub(super) async fn request(self: &Arc<Self>, identity: &Identity, patience: Duration) -> Result<Permit, Shut> {
         loop {
             while let Some(until) = self.closed_until(identity) {
                 let pause = until.saturating_duration_since(Instant::now());
                 if pause > LONGEST_WAIT || self.state().refusals > MAX_REFUSALS {
-                    return Err(pause);
+                    return Err(Shut::ForLong(pause));
+                }
+                if pause > patience {
+                    return Err(Shut::ForNow(pause));
                 }
                 sleep_until(until).await;
             }
@@ -256,7 +268,7 @@ mod tests {
 
     /// All that can be had without waiting.
     fn all(limits: &Arc<HostLimits>) -> Vec<Permit> {
-        std::iter::from_fn(|| limits.request(&None).now_or_never()).map(Result::unwrap).collect()
+        std::iter::from_fn(|| limits.request(&None, LONGEST_WAIT).now_or_never()).map(Result::unwrap).collect()
     }
 
     fn all_answered(permits: &[Permit], verdict: Verdict) {
@@ -268,12 +280,12 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_closed_host_is_left_alone_by_everybody_until_it_opens() {
         let limits = limits(4);
-        let permit = limits.request(&None).await.unwrap();
+        let permit = limits.request(&None, LONGEST_WAIT).await.unwrap();
         permit.answered(Verdict::Overloaded(Some(Duration::from_secs(59))), PAUSE);
         permit.answered(Verdict::Overloaded(Some(Duration::from_secs(10))), PAUSE);
         drop(permit);
         let before = Instant::now();
-        let _first = limits.request(&Some(Digest::sha256(b"one"))).await;
+        let _first = limits.request(&Some(Digest::sha256(b"one")), LONGEST_WAIT).await;
         assert!(before.elapsed() >= Duration::from_secs(59));
     }
 
@@ -281,9 +293,14 @@ mod tests {
     async fn too_many_requests_are_the_matter_of_one_credential() {
         let limits = limits(4);
         let one = Some(Digest::sha256(b"one"));
-        limits.request(&one).await.unwrap().answered(Verdict::TooMany(Some(Duration::from_mins(10))), PAUSE);
-        assert!(limits.request(&one).await.is_err_and(|pause| pause > Duration::from_mins(9)));
-        assert!(limits.request(&None).now_or_never().is_some_and(|permit| permit.is_ok()));
+        limits
+            .request(&one, LONGEST_WAIT)
+            .await
+            .unwrap()
+            .answered(Verdict::TooMany(Some(Duration::from_mins(10))), PAUSE);
+        let shut = limits.request(&one, LONGEST_WAIT).await.err();
+        assert!(matches!(shut, Some(Shut::ForLong(pause)) if pause > Duration::from_mins(9)), "{shut:?}");
+        assert!(limits.request(&None, LONGEST_WAIT).now_or_never().is_some_and(|permit| permit.is_ok()));
         assert!(limits.is_closed());
     }
 
@@ -291,23 +308,24 @@ mod tests {
     async fn a_refusal_that_names_no_time_closes_for_longer_each_time() {
         let limits = limits(4);
         let before = Instant::now();
-        let mut permit = limits.request(&None).await.unwrap();
+        let mut permit = limits.request(&None, LONGEST_WAIT).await.unwrap();
         for expected in [10, 30, 70] {
             permit.answered(Verdict::TooMany(None), PAUSE);
             drop(permit);
-            permit = limits.request(&None).await.unwrap();
+            permit = limits.request(&None, LONGEST_WAIT).await.unwrap();
             assert_eq!(before.elapsed().as_secs(), expected);
         }
         permit.answered(Verdict::TooMany(None), PAUSE);
-        assert!(limits.request(&None).await.is_err(), "the fourth time nobody waits");
+        assert!(limits.request(&None, LONGEST_WAIT).await.is_err(), "the fourth time nobody waits");
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_pause_is_never_longer_than_an_hour() {
         let limits = limits(1);
         let pause = Some(Duration::from_secs(1_000_000_000));
-        limits.request(&None).await.unwrap().answered(Verdict::Overloaded(pause), PAUSE);
-        assert!(limits.request(&None).await.is_err_and(|pause| pause <= LONGEST_PAUSE));
+        limits.request(&None, LONGEST_WAIT).await.unwrap().answered(Verdict::Overloaded(pause), PAUSE);
+        let shut = limits.request(&None, LONGEST_WAIT).await.err();
+        assert!(matches!(shut, Some(Shut::ForLong(pause)) if pause <= LONGEST_PAUSE), "{shut:?}");
     }
 
     #[tokio::test(start_paused = true)]
@@ -334,7 +352,7 @@ mod tests {
     async fn one_request_always_remains() {
         let limits = limits(2);
         for _ in 0..5 {
-            limits.request(&None).await.unwrap().answered(Verdict::Overloaded(None), PAUSE);
+            limits.request(&None, LONGEST_WAIT).await.unwrap().answered(Verdict::Overloaded(None), PAUSE);
         }
         assert_eq!(all(&limits).len(), 1);
     }
@@ -345,7 +363,7 @@ mod tests {
         tokio::time::advance(Duration::from_mins(1)).await;
         let before = Instant::now();
         for _ in 0..30 {
-            limits.request(&None).await.unwrap();
+            limits.request(&None, LONGEST_WAIT).await.unwrap();
         }
         let took = before.elapsed();
         assert!((1900..=2100).contains(&took.as_millis()), "{took:?}");

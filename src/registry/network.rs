@@ -11,6 +11,7 @@ use std::{
     sync::Arc,
 };
 
+use futures::{FutureExt as _, future::BoxFuture};
 use ipnet::IpNet;
 use reqwest::dns::{Addrs, Name, Resolve, Resolving};
 use url::{Host, Url};
@@ -68,14 +69,29 @@ impl Networks {
     }
 }
 
-/// Resolves names as the system does, and leaves out what is denied.
-pub(super) struct Resolver(pub(super) Arc<Networks>);
+/// Finds the addresses of a name.
+type Lookup = Box<dyn Fn(Name) -> BoxFuture<'static, io::Result<Vec<SocketAddr>>> + Send + Sync>;
+
+/// Resolves names, and leaves out what is denied. A connection asks once, and dials what it is given.
+pub(super) struct Resolver {
+    networks: Arc<Networks>,
+    lookup: Lookup,
+}
+
+impl Resolver {
+    /// As the system resolves names.
+    pub(super) fn system(networks: &Arc<Networks>) -> Self {
+        let lookup =
+            |name: Name| async move { Ok(tokio::net::lookup_host((name.as_str(), 0)).await?.collect()) }.boxed();
+        Self { networks: Arc::clone(networks), lookup: Box::new(lookup) }
+    }
+}
 
 impl Resolve for Resolver {
     fn resolve(&self, name: Name) -> Resolving {
-        let networks = Arc::clone(&self.0);
+        let (networks, found) = (Arc::clone(&self.networks), (self.lookup)(name));
         Box::pin(async move {
-            let found: Vec<SocketAddr> = tokio::net::lookup_host((name.as_str(), 0)).await?.collect();
+            let found = found.await?;
             let mut denied = None;
             let mut allowed = Vec::new();
             for address in found {
@@ -96,7 +112,20 @@ impl Resolve for Resolver {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::{
+        Mutex,
+        atomic::{AtomicUsize, Ordering},
+    };
+
+    use http::Method;
+    use tokio::{
+        io::{AsyncReadExt as _, AsyncWriteExt as _},
+        net::TcpListener,
+        task::JoinHandle,
+    };
+
     use super::*;
+    use crate::registry::{Error, ErrorKind, Step, Timing, Transport, send::transport_error};
 
     fn is_allowed(networks: &Networks, address: &str) -> bool {
         networks.check(address.parse().unwrap()).is_ok()
@@ -138,8 +167,115 @@ mod tests {
 
     #[tokio::test]
     async fn a_name_is_what_it_resolves_to() {
-        let resolve = |networks| Resolver(Arc::new(networks)).resolve("localhost".parse().unwrap());
+        let resolve = |networks| Resolver::system(&Arc::new(networks)).resolve("localhost".parse().unwrap());
         assert!(resolve(Networks::closed(Vec::new(), Vec::new())).await.is_err());
         assert!(resolve(Networks::default()).await.is_ok_and(|mut found| found.next().is_some()));
+    }
+
+    const OPEN: &str = "127.0.0.2";
+    const CLOSED: &str = "127.0.0.3";
+
+    /// A name of which an attacker says at each lookup what it is, and what is there: at an address that is open and at one
+    /// that is not, on one port.
+    struct Rebinding {
+        http: reqwest::Client,
+        url: String,
+        lookups: Arc<AtomicUsize>,
+        connections: [Arc<AtomicUsize>; 2],
+        tasks: [JoinHandle<()>; 2],
+    }
+
+    impl Rebinding {
+        async fn new(answers: Vec<io::Result<Vec<&'static str>>>) -> Self {
+            let open = TcpListener::bind((OPEN, 0)).await.unwrap();
+            let port = open.local_addr().unwrap().port();
+            let closed = TcpListener::bind((CLOSED, port)).await.unwrap();
+            let lookups = Arc::<AtomicUsize>::default();
+            let (count, answers) = (Arc::clone(&lookups), Mutex::new(answers));
+            let lookup: Lookup = Box::new(move |_| {
+                count.fetch_add(1, Ordering::Relaxed);
+                let mut answers = answers.lock().unwrap();
+                let answer = answers.remove(0);
+                let address = |text: &str| SocketAddr::new(text.parse().unwrap(), 0);
+                let answer = answer.map(|texts| texts.into_iter().map(address).collect());
+                async { answer }.boxed()
+            });
+            let networks = Networks::closed(Vec::new(), vec![format!("{OPEN}/32").parse().unwrap()]);
+            let resolver = Resolver { networks: Arc::new(networks), lookup };
+            let http = Transport::default().build(&Timing::default(), resolver).unwrap();
+            let connections = [Arc::<AtomicUsize>::default(), Arc::default()];
+            let tasks = [serve(open, &connections[0]), serve(closed, &connections[1])];
+            Self { http, url: format!("http://registry.example:{port}/v2/"), lookups, connections, tasks }
+        }
+
+        async fn ask(&self) -> Result<(), Error> {
+            let request = reqwest::Request::new(Method::GET, self.url.parse().unwrap());
+            let answer = self.http.execute(request).await;
+            answer.map(|_| ()).map_err(|error| transport_error(error, Step::GetBlob, "registry.example", "a:1"))
+        }
+
+        fn came(&self) -> [usize; 2] {
+            [0, 1].map(|number| self.connections[number].load(Ordering::Relaxed))
+        }
+    }
+
+    /// Answers one request on each connection.
+    fn serve(listener: TcpListener, connections: &Arc<AtomicUsize>) -> JoinHandle<()> {
+        let connections = Arc::clone(connections);
+        tokio::spawn(async move {
+            while let Ok((mut stream, _)) = listener.accept().await {
+                connections.fetch_add(1, Ordering::Relaxed);
+                let _ = stream.read(&mut [0; 4096]).await;
+                let _ = stream.write_all(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 0\r\n\r\n").await;
+            }
+        })
+    }
+
+    #[tokio::test]
+    async fn a_name_that_changes_leads_nowhere_else() {
+        let name = Rebinding::new(vec![Ok(vec![OPEN]), Ok(vec![CLOSED]), Ok(vec![OPEN])]).await;
+        name.ask().await.unwrap();
+        let error = name.ask().await.unwrap_err();
+        assert!(matches!(error.kind, ErrorKind::Denied(Denied(address)) if address.to_string() == CLOSED), "{error}");
+        assert!(!error.is_retryable(), "it would be asked until it says something else");
+        name.ask().await.unwrap();
+        assert_eq!(name.came(), [2, 0]);
+        assert_eq!(name.lookups.load(Ordering::Relaxed), 3, "what is dialled is what was checked");
+    }
+
+    #[tokio::test]
+    async fn of_several_addresses_those_that_are_open_are_dialled() {
+        for both in [[OPEN, CLOSED], [CLOSED, OPEN]] {
+            let name = Rebinding::new(vec![Ok(both.to_vec())]).await;
+            name.ask().await.unwrap();
+            assert_eq!(name.came(), [1, 0], "{both:?}");
+
+            // Nor is the other one tried when nobody answers there.
+            let name = Rebinding::new(vec![Ok(both.to_vec())]).await;
+            name.tasks[0].abort();
+            while !name.tasks[0].is_finished() {
+                tokio::task::yield_now().await;
+            }
+            let error = name.ask().await.unwrap_err();
+            assert_eq!(
+                (&error.kind, error.is_retryable(), name.came()),
+                (&ErrorKind::Connect, true, [0, 0]),
+                "{both:?}"
+            );
+        }
+    }
+
+    #[tokio::test]
+    async fn a_name_that_is_not_found_may_be_found_later() {
+        for answer in [Ok(Vec::new()), Err(io::Error::other("temporary failure in name resolution"))] {
+            let name = Rebinding::new(vec![answer]).await;
+            let error = name.ask().await.unwrap_err();
+            assert_eq!(
+                (&error.kind, error.is_retryable(), name.came()),
+                (&ErrorKind::Connect, true, [0, 0]),
+                "{error}"
+            );
+            assert!(error.to_string().contains("registry.example"), "{error}");
+        }
     }
 }

@@ -1,12 +1,16 @@
 //! Reading a blob to its end: a download that breaks is continued where it broke.
 
+use std::sync::Arc;
+
 use futures::{StreamExt as _, stream::try_unfold};
 
-use super::{body::BlobStream, error::Error, repository::Repository};
+use super::{body::BlobStream, error::Error, pace::Pace, repository::Repository};
 use crate::oci::Descriptor;
 
-/// Times a download may break without a new byte.
+/// Times a download may break without progress, and be too slow.
 const MAX_BREAKS: u32 = 3;
+/// What is no progress: a registry that sends a byte and breaks off would be asked without end.
+const PROGRESS: u64 = 64 << 10;
 
 struct Pull {
     source: Repository,
@@ -14,6 +18,8 @@ struct Pull {
     stream: Option<BlobStream>,
     offset: u64,
     breaks: u32,
+    broke_at: u64,
+    pace: Arc<Pace>,
 }
 
 impl Repository {
@@ -24,21 +30,30 @@ impl Repository {
         if offset >= blob.size {
             return Ok(futures::stream::empty().boxed());
         }
-        let (_, stream) = self.blob(blob, offset).await?;
-        let pull = Pull { source: self.clone(), blob: blob.clone(), stream: Some(stream), offset, breaks: 0 };
+        let mut pull = Pull {
+            source: self.clone(),
+            blob: blob.clone(),
+            stream: None,
+            offset,
+            breaks: 0,
+            broke_at: offset,
+            pace: Arc::new(Pace::new(self.client().timing().floor)),
+        };
+        pull.open().await?;
         let pulled = try_unfold(pull, |mut pull| async move {
             loop {
                 let Some(stream) = &mut pull.stream else {
-                    match pull.source.blob(&pull.blob, pull.offset).await {
-                        Ok((_, stream)) => pull.stream = Some(stream),
-                        Err(error) => pull.broke(error).await?,
+                    if let Err(error) = pull.open().await {
+                        pull.broke(error).await?;
                     }
                     continue;
                 };
                 match stream.next().await {
                     Some(Ok(chunk)) => {
                         pull.offset += chunk.len() as u64;
-                        pull.breaks = 0;
+                        if pull.offset - pull.broke_at >= PROGRESS {
+                            pull.breaks = 0;
+                        }
                         return Ok(Some((chunk, pull)));
                     }
                     Some(Err(error)) => pull.broke(error).await?,
@@ -51,11 +66,20 @@ impl Repository {
 }
 
 impl Pull {
+    /// Whoever reads may hold an upload and places at both registries meanwhile, and so is not kept waiting for long.
+    async fn open(&mut self) -> Result<(), Error> {
+        let patience = self.source.client().timing().hold;
+        let (_, stream) = self.source.blob(&self.blob, self.offset, &self.pace, patience).await?;
+        self.stream = Some(stream);
+        Ok(())
+    }
+
     /// Waits before the next attempt, or gives the error back when there were too many.
     async fn broke(&mut self, error: Error) -> Result<(), Error> {
         self.stream = None;
         self.breaks += 1;
-        if self.breaks > MAX_BREAKS || !error.is_retryable() {
+        self.broke_at = self.offset;
+        if self.breaks.max(self.pace.slow_windows()) > MAX_BREAKS || !error.is_retryable() {
             return Err(error);
         }
         tracing::debug!(%error, offset = self.offset, "continuing a download");

@@ -4,7 +4,7 @@
 
 use std::sync::{Arc, Mutex};
 
-use tokio::sync::OwnedSemaphorePermit;
+use tokio::{sync::OwnedSemaphorePermit, time::sleep};
 
 use super::{
     backend::BlobOpener,
@@ -22,6 +22,8 @@ const SMALL: u64 = 1 << 20;
 const MAX_SESSIONS: u32 = 4;
 /// Times a registry is asked what has arrived, the first one aside, until it says the same twice.
 const MAX_LOOKS: u32 = 4;
+/// Times a source that wants to be left alone is waited for.
+const MAX_PAUSES: u32 = 4;
 /// Less than this is not worth another request.
 const WORTH_KEEPING: u64 = 1 << 20;
 
@@ -50,8 +52,15 @@ impl Repository {
     /// Brings a blob here. Its size must be known.
     pub(super) async fn put_blob(&self, source: &BlobOpener, options: &PutOptions<'_>) -> Result<Stored, PutError> {
         let blob = source.descriptor();
-        let mut push =
-            Push { target: self, source, blob, options, marks: Marks::for_size(blob.size), was_too_early: false };
+        let mut push = Push {
+            target: self,
+            source,
+            blob,
+            options,
+            marks: Marks::for_size(blob.size),
+            was_too_early: false,
+            pauses: 0,
+        };
         let stored = push.run().await?;
         options.meter.finish(blob.size);
         self.holds(blob);
@@ -67,12 +76,14 @@ struct Push<'a> {
     marks: Marks,
     /// A continuation was refused because more had arrived meanwhile.
     was_too_early: bool,
+    /// Times the source was waited for.
+    pauses: u32,
 }
 
 impl Push<'_> {
     async fn run(&mut self) -> Result<Stored, PutError> {
         let mut sessions = 0;
-        let mut was_corrupt = false;
+        let (mut was_corrupt, mut was_slow) = (false, 0);
         let mut broken: Option<(Upload, u64)> = None;
         loop {
             let (upload, from) = match broken.take() {
@@ -95,6 +106,11 @@ impl Push<'_> {
                 }
                 Err(error) => error,
             };
+            // As with sessions: who takes a byte now and then is not served for ever.
+            was_slow += u32::from(error.inner().kind == ErrorKind::TooSlow);
+            if was_slow == MAX_SESSIONS {
+                return Err(error);
+            }
             let digest = &self.blob.digest;
             if is_outcome_unknown(&error) && self.target.has_blob(digest).await.unwrap_or(false) {
                 session.finish();
@@ -140,9 +156,17 @@ impl Push<'_> {
         if self.blob.size <= SMALL {
             return self.send_small(upload).await;
         }
-        let _streams = stream_permits(self.source, self.target).await;
         let beginning = Feed::beginning(self.blob, &self.marks, from);
-        let stream = self.source.open(beginning.0).await.map_err(PutError::Source)?;
+        let (_streams, stream) = loop {
+            let streams = stream_permits(self.source, self.target).await;
+            match self.source.open(beginning.0).await {
+                Ok(stream) => break (streams, stream),
+                Err(error) => {
+                    drop(streams);
+                    self.pause(error).await?;
+                }
+            }
+        };
         let marks = std::mem::take(&mut self.marks);
         let mut feed = Feed::new(self.source, beginning, stream, marks, Arc::clone(&self.options.meter));
         feed.skip_to(from).await.map_err(PutError::Source)?;
@@ -152,10 +176,30 @@ impl Push<'_> {
         result
     }
 
-    async fn send_small(&self, upload: &Upload) -> Result<(), PutError> {
-        let _room = self.target.client().room_for_small(self.blob.size).await;
-        let bytes = self.source.read().await.map_err(PutError::Source)?;
+    async fn send_small(&mut self, upload: &Upload) -> Result<(), PutError> {
+        let (_room, bytes) = loop {
+            let room = self.target.client().room_for_small(self.blob.size).await;
+            match self.source.read().await {
+                Ok(bytes) => break (room, bytes),
+                Err(error) => {
+                    drop(room);
+                    self.pause(error).await?;
+                }
+            }
+        };
         upload.put_bytes(bytes).await.map_err(PutError::Target)
+    }
+
+    /// Waits for a source that wants to be left alone. Nothing is held meanwhile.
+    async fn pause(&mut self, error: Error) -> Result<(), PutError> {
+        match error.kind {
+            ErrorKind::Paused(pause) if self.pauses < MAX_PAUSES => {
+                self.pauses += 1;
+                sleep(pause).await;
+                Ok(())
+            }
+            _ => Err(PutError::Source(error)),
+        }
     }
 
     /// How much of a broken upload the registry holds, once it says the same twice: it may be taking in still what was
@@ -250,9 +294,9 @@ fn is_outcome_unknown(error: &PutError) -> bool {
 /// Whether what was sent before this may be at the target still.
 fn leaves_a_session(error: &PutError) -> bool {
     match error {
-        PutError::Source(error) => error.is_retryable(),
+        PutError::Source(error) => is_paused(error) || error.is_retryable(),
         PutError::Target(error) => match &error.kind {
-            ErrorKind::Interrupted | ErrorKind::TimedOut => true,
+            ErrorKind::Interrupted | ErrorKind::TimedOut | ErrorKind::TooSlow => true,
             ErrorKind::Status { status, code, .. } => {
                 status.is_server_error()
                     || (matches!(status.as_u16(), 401 | 408 | 416 | 429)
@@ -264,10 +308,17 @@ fn leaves_a_session(error: &PutError) -> bool {
 }
 
 fn is_worth_another_session(error: &PutError) -> bool {
-    // A source that fails has been asked again and again.
-    let PutError::Target(error) = error else { return false };
-    // A token may have run out while the body was sent: the next POST fetches a fresh one.
-    error.status_code() == 401 || error.is_retryable()
+    match error {
+        // A source that fails has been asked again and again.
+        PutError::Source(error) => is_paused(error),
+        // A token may have run out while the body was sent: the next POST fetches a fresh one.
+        PutError::Target(error) => error.status_code() == 401 || error.is_retryable(),
+    }
+}
+
+/// Whether the source wants to be left alone for a while.
+fn is_paused(error: &Error) -> bool {
+    matches!(error.kind, ErrorKind::Paused(_))
 }
 
 /// What the source sent is not what it promised, or what was put together of two halves is not.

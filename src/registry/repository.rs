@@ -1,8 +1,11 @@
 //! A handle on one repository: manifests and blobs, read and written.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicUsize, Ordering},
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
 };
 
 use bytes::Bytes;
@@ -20,7 +23,9 @@ use super::{
     error::{Error, ErrorKind, Step},
     header::{content_digest, content_range, lists_by_subject},
     known::Known,
-    send::{Authorization, Request, Response, host_of, transport_error},
+    limits::LONGEST_WAIT,
+    pace::Pace,
+    send::{Authorization, Request, Response, host_of},
     transport::{Transport, TransportError},
     upload::MountFrom,
 };
@@ -204,8 +209,8 @@ impl Repository {
             let what = "the registry stored the manifest under another digest".to_owned();
             return Err(self.error(ErrorKind::Integrity(what), &request));
         }
-        if self.known().referrers_api().is_none() && manifest.has_subject() {
-            self.known().learn_referrers_api(lists_by_subject(response.inner.headers()));
+        if manifest.has_subject() {
+            self.known().took_with_subject(lists_by_subject(response.inner.headers()));
         }
         Ok(())
     }
@@ -217,6 +222,11 @@ impl Repository {
             Some(exists) => Ok(exists),
             None => Ok(self.referrers(digest).await?.is_some()),
         }
+    }
+
+    /// Whether what has a subject is listed under it by the registry itself.
+    pub(super) async fn lists_by_subject(&self, digest: &Digest) -> Result<bool, Error> {
+        Ok(!self.known().ignores_subjects() && self.has_referrers_api(digest).await?)
     }
 
     /// Moves a tag. The write ends, one way or the other, within [`Timing::tag_write`](super::Timing::tag_write): if no answer comes in that
@@ -249,10 +259,24 @@ impl Repository {
         }
     }
 
-    /// The bytes of a blob from `offset` on, and the size of the whole. The stream fails after
-    /// [`Timing::idle`](super::Timing::idle) without a byte. Nothing is hashed here.
-    pub async fn blob(&self, descriptor: &Descriptor, offset: u64) -> Result<(u64, BlobStream), Error> {
+    /// The size of a blob.
+    pub(super) async fn blob_size(&self, descriptor: &Descriptor) -> Result<u64, Error> {
+        let pace = Arc::new(Pace::new(self.client().timing().floor));
+        Ok(self.blob(descriptor, 0, &pace, LONGEST_WAIT).await?.0)
+    }
+
+    /// The bytes of a blob from `offset` on, and the size of the whole, from a registry that does not want to be left
+    /// alone for longer than `patience`. The stream fails after [`Timing::idle`](super::Timing::idle) without a byte, or
+    /// with too few. Nothing is hashed here.
+    pub(super) async fn blob(
+        &self,
+        descriptor: &Descriptor,
+        offset: u64,
+        pace: &Arc<Pace>,
+        patience: Duration,
+    ) -> Result<(u64, BlobStream), Error> {
         let mut request = self.blob_request(Step::GetBlob, Method::GET, &descriptor.digest)?;
+        request.patience = patience;
         request.headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
         if offset > 0 {
             let range = HeaderValue::from_str(&format!("bytes={offset}-"));
@@ -287,21 +311,27 @@ impl Repository {
             let what = format!("the blob has {total} bytes where the manifest says {}", descriptor.size);
             return Err(integrity(what));
         }
-        Ok((total, self.stream(response, request.subject, skip)))
+        Ok((total, self.stream(response, request.subject, skip, pace)))
     }
 
     /// A blob from the first of its `urls` that has it: HTTPS only, without credentials, and to no closed network.
     async fn foreign_blob(&self, request: &Request, blob: &Descriptor, absent: Error) -> Result<Response, Error> {
-        let mut last = absent;
+        let mut last = None;
         for url in blob.urls.iter().filter_map(|url| Url::parse(url).ok()).filter(|url| url.scheme() == "https") {
             let request = Request { url, ..request.clone() };
             match self.follow(&request, &Authorization::nothing()).await {
                 Ok(response) if response.inner.status().is_success() => return Ok(response),
-                Ok(response) => last = self.status_error(&request, response).await,
-                Err(error) => last = error,
+                Ok(response) => last = Some(self.status_error(&request, response).await),
+                Err(error) => last = Some(error),
             }
         }
-        Err(last)
+        match last {
+            // Whatever a vendor wants that we have not: here it is the layer that is missing.
+            Some(error) if error.status().is_some_and(|status| status.is_client_error()) => {
+                Err(absent.caused_by(error))
+            }
+            last => Err(last.unwrap_or(absent)),
+        }
     }
 
     /// The size of the whole blob, and how many bytes of this answer to leave out because the range was ignored.
@@ -331,19 +361,15 @@ impl Repository {
         Ok((total, 0))
     }
 
-    fn stream(&self, response: Response, subject: String, skip: u64) -> BlobStream {
-        let idle = self.client().timing().idle;
+    fn stream(&self, response: Response, subject: String, skip: u64, pace: &Arc<Pace>) -> BlobStream {
         let host = host_of(response.inner.url());
+        let (this, pace) = (self.clone(), Arc::clone(pace));
         futures::stream::try_unfold((response, skip), move |(mut response, mut skip)| {
-            let (host, subject) = (host.clone(), subject.clone());
+            let (this, pace, host, subject) = (this.clone(), Arc::clone(&pace), host.clone(), subject.clone());
             async move {
                 loop {
-                    let chunk = match timeout(idle, response.inner.chunk()).await {
-                        Err(_) => return Err(Error::new(ErrorKind::TimedOut, Step::GetBlob, &host, &subject)),
-                        Ok(Err(error)) => return Err(transport_error(error, Step::GetBlob, &host, &subject)),
-                        Ok(Ok(None)) => return Ok(None),
-                        Ok(Ok(Some(chunk))) => chunk,
-                    };
+                    let chunk = this.chunk(&mut response, &pace, Step::GetBlob, &host, &subject).await?;
+                    let Some(chunk) = chunk else { return Ok(None) };
                     let dropped = skip.min(chunk.len() as u64);
                     skip -= dropped;
                     let kept: Bytes = chunk.slice(usize::try_from(dropped).unwrap_or(chunk.len())..);

@@ -4,7 +4,10 @@
 //! with a fresh token once and then with the next credential that matches, follows redirects by hand, and is repeated
 //! with full jitter when the failure is one that passes.
 
-use std::sync::{Arc, atomic::Ordering};
+use std::{
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
 
 use bytes::{Bytes, BytesMut};
 use http::{
@@ -12,14 +15,15 @@ use http::{
     header::{AUTHORIZATION, CONTENT_LENGTH, CONTENT_TYPE, LOCATION, WWW_AUTHENTICATE},
 };
 use secrecy::{ExposeSecret, SecretString};
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 use url::Url;
 
 use super::{
-    error::{Error, ErrorKind, Step, parse_envelope},
+    error::{CertificateProblem, Error, ErrorKind, Step, parse_envelope},
     header,
-    limits::{Identity, Permit, Verdict},
+    limits::{Identity, LONGEST_WAIT, Permit, Shut, Verdict},
     network::Denied,
+    pace::Pace,
     repository::Repository,
 };
 use crate::auth::{Challenge, Credential, Scope, Token, TokenKey, realm_is_trusted};
@@ -44,18 +48,24 @@ pub(super) struct Request {
     pub(super) body: Bytes,
     /// What a token for it must grant, where that is not what the repository needs otherwise.
     pub(super) scope: Option<Scope>,
+    /// How long a host that wants to be left alone is waited for.
+    pub(super) patience: Duration,
 }
 
 impl Request {
     pub(super) fn new(step: Step, method: Method, url: Url, subject: impl Into<String>) -> Self {
-        Self { step, method, url, subject: subject.into(), headers: HeaderMap::new(), body: Bytes::new(), scope: None }
+        let (headers, body) = (HeaderMap::new(), Bytes::new());
+        Self { step, method, url, subject: subject.into(), headers, body, scope: None, patience: LONGEST_WAIT }
     }
 }
 
 /// An answer whose body has not been read. It holds its place among the host's requests until it is dropped.
 pub(super) struct Response {
     pub(super) inner: reqwest::Response,
+    #[expect(dead_code, reason = "is there to be dropped")]
     pub(super) permit: Permit,
+    /// How long it took to begin.
+    pub(super) waited: Duration,
 }
 
 /// What a request is authorised with.
@@ -255,6 +265,7 @@ impl Repository {
         }
         let timing = self.client().timing();
         let patience = if request.body.is_empty() { timing.head } else { timing.answer };
+        let sent = Instant::now();
         let answer = timeout(patience, self.http().execute(built)).await;
         let inner = match answer {
             Err(_) => return Err(Error::new(ErrorKind::TimedOut, request.step, &host, &request.subject)),
@@ -262,13 +273,19 @@ impl Repository {
             Ok(Ok(inner)) => inner,
         };
         self.note_answer(&inner, &permit);
-        Ok(Response { inner, permit })
+        Ok(Response { inner, permit, waited: sent.elapsed() })
     }
 
     /// A place among the requests of a host that may be asked.
     pub(super) async fn place(&self, host: &str, identity: &Identity, request: &Request) -> Result<Permit, Error> {
-        let place = self.client().limits(host).request(identity).await;
-        place.map_err(|pause| Error::new(ErrorKind::Closed(pause), request.step, host, &request.subject))
+        let place = self.client().limits(host).request(identity, request.patience).await;
+        place.map_err(|shut| {
+            let kind = match shut {
+                Shut::ForNow(pause) => ErrorKind::Paused(pause),
+                Shut::ForLong(pause) => ErrorKind::Closed(pause),
+            };
+            Error::new(kind, request.step, host, &request.subject)
+        })
     }
 
     /// Lets everybody in the process know how the host is doing.
@@ -414,10 +431,14 @@ impl Repository {
 
     pub(super) async fn status_error(&self, request: &Request, response: Response) -> Error {
         let status = response.inner.status();
+        let elsewhere = Some(response.inner.url()).filter(|url| !self.is_same_origin(url)).map(host_of);
         let retry_after = header::retry_after(response.inner.headers(), jiff::Timestamp::now());
         let body = self.read_body(response, MAX_SMALL_BODY, request.step, &request.subject).await.unwrap_or_default();
         let (code, message) = parse_envelope(&body);
-        self.error(ErrorKind::Status { status, code, message, retry_after, credential: None }, request)
+        let mut error = self.error(ErrorKind::Status { status, code, message, retry_after, credential: None }, request);
+        // What another host says that the registry has sent us to.
+        error.host = elsewhere.unwrap_or(error.host);
+        error
     }
 
     /// Reads a body whose kind is bounded. An answer that declares more is refused unread.
@@ -434,20 +455,41 @@ impl Repository {
         if declared > limit {
             return Err(too_large());
         }
-        let Response { mut inner, permit: _permit } = response;
+        let mut response = response;
+        let pace = Pace::new(self.client().timing().floor);
         let mut body = BytesMut::new();
         loop {
-            let chunk = match timeout(self.client().timing().idle, inner.chunk()).await {
-                Err(_) => return Err(Error::new(ErrorKind::TimedOut, step, &host, subject)),
-                Ok(Err(error)) => return Err(transport_error(error, step, &host, subject)),
-                Ok(Ok(chunk)) => chunk,
-            };
+            let chunk = self.chunk(&mut response, &pace, step, &host, subject).await?;
             let Some(chunk) = chunk else { return Ok(body.freeze()) };
             if (body.len() + chunk.len()) as u64 > limit {
                 return Err(too_large());
             }
             body.extend_from_slice(&chunk);
         }
+    }
+
+    /// The next bytes of a body, in time and not too few at a time; none after the last.
+    pub(super) async fn chunk(
+        &self,
+        response: &mut Response,
+        pace: &Pace,
+        step: Step,
+        host: &str,
+        subject: &str,
+    ) -> Result<Option<Bytes>, Error> {
+        let asked = Instant::now();
+        let chunk = match timeout(self.client().timing().idle, response.inner.chunk()).await {
+            Err(_) => return Err(Error::new(ErrorKind::TimedOut, step, host, subject)),
+            Ok(Err(error)) => return Err(transport_error(error, step, host, subject)),
+            Ok(Ok(None)) => return Ok(None),
+            Ok(Ok(Some(chunk))) => chunk,
+        };
+        // A head that takes long is a part of a body that does.
+        let waited = std::mem::take(&mut response.waited) + asked.elapsed();
+        if pace.is_too_slow(waited, chunk.len() as u64) {
+            return Err(Error::new(ErrorKind::TooSlow, step, host, subject));
+        }
+        Ok(Some(chunk))
     }
 
     pub(super) fn error(&self, kind: ErrorKind, request: &Request) -> Error {
@@ -487,15 +529,30 @@ pub(super) fn transport_error(error: reqwest::Error, step: Step, host: &str, sub
     if let Some(denied) = cause::<Denied>(&error) {
         return Error::new(ErrorKind::Denied(denied.clone()), step, host, subject);
     }
-    let is_certificate =
-        |tls: &rustls::Error| matches!(tls, rustls::Error::InvalidCertificate(_) | rustls::Error::AlertReceived(_));
+    let certificate = cause::<rustls::Error>(&error).and_then(certificate_problem);
     let kind = match () {
-        () if cause::<rustls::Error>(&error).is_some_and(is_certificate) => ErrorKind::Tls,
+        () if let Some(problem) = certificate => ErrorKind::Tls(problem),
         () if error.is_connect() => ErrorKind::Connect,
         () if error.is_timeout() => ErrorKind::TimedOut,
         () => ErrorKind::Interrupted,
     };
     Error::new(kind, step, host, subject).caused_by(error.without_url())
+}
+
+fn certificate_problem(error: &rustls::Error) -> Option<CertificateProblem> {
+    use rustls::CertificateError as Wrong;
+    Some(match error {
+        rustls::Error::AlertReceived(_) => CertificateProblem::Refused,
+        rustls::Error::InvalidCertificate(Wrong::Expired | Wrong::ExpiredContext { .. }) => CertificateProblem::Expired,
+        rustls::Error::InvalidCertificate(Wrong::NotValidYet | Wrong::NotValidYetContext { .. }) => {
+            CertificateProblem::NotYetValid
+        }
+        rustls::Error::InvalidCertificate(Wrong::NotValidForName | Wrong::NotValidForNameContext { .. }) => {
+            CertificateProblem::OtherName
+        }
+        rustls::Error::InvalidCertificate(_) => CertificateProblem::Untrusted,
+        _ => return None,
+    })
 }
 
 /// Looks for a cause of this type, also inside `io::Error`s, which do not name what they hold as their source.

@@ -92,7 +92,7 @@ impl Transport {
         Ok(config)
     }
 
-    fn build(&self, timing: &Timing, networks: &Arc<Networks>) -> Result<reqwest::Client, TransportError> {
+    pub(super) fn build(&self, timing: &Timing, resolver: Resolver) -> Result<reqwest::Client, TransportError> {
         let builder = reqwest::Client::builder()
             .redirect(reqwest::redirect::Policy::none())
             .referer(false)
@@ -103,7 +103,7 @@ impl Transport {
             .tcp_nodelay(true)
             // A proxy would resolve names out of sight of the closed networks.
             .no_proxy()
-            .dns_resolver(Resolver(Arc::clone(networks)))
+            .dns_resolver(resolver)
             .user_agent(concat!("imagemirror/", env!("CARGO_PKG_VERSION")))
             .tls_backend_preconfigured(self.tls_config()?);
         builder.build().map_err(|_| TransportError::Client)
@@ -160,7 +160,7 @@ impl Pools {
         if let Some(client) = lock().get(&key) {
             return Ok(client.clone());
         }
-        let client = transport.build(timing, networks)?;
+        let client = transport.build(timing, Resolver::system(networks))?;
         let mut clients = lock();
         if clients.len() >= Self::MAX_CLIENTS {
             clients.clear();

@@ -18,6 +18,7 @@ use super::{
     body::{BodyState, FeedBody},
     error::{Error, ErrorKind, Step},
     header,
+    pace::Pace,
     repository::Repository,
     send::{Authorization, Request, Response, host_of, transport_error},
 };
@@ -271,13 +272,11 @@ impl Upload {
         state.begin();
         let answer = tokio::select! {
             answer = repository.http().execute(built) => answer,
-            () = self.stalled(state) => {
-                return Err(Error::new(ErrorKind::TimedOut, request.step, &host, &request.subject));
-            }
+            stalled = self.stalled(state) => return Err(Error::new(stalled, request.step, &host, &request.subject)),
         };
         let inner = answer.map_err(|error| transport_error(error, request.step, &host, &request.subject))?;
         repository.note_answer(&inner, &permit);
-        let response = Response { inner, permit };
+        let response = Response { inner, permit, waited: Duration::ZERO };
         if !response.inner.status().is_success() {
             return Err(repository.status_error(&request, response).await);
         }
@@ -298,10 +297,18 @@ impl Upload {
         repository.authorization(index, None, repository.scope(), &request.subject).await
     }
 
-    /// Ends when no byte has moved for too long, or the answer after the last one takes too long.
-    async fn stalled(&self, state: &BodyState) {
+    /// Ends when no byte has moved for too long, or too few have, or the answer after the last one takes too long.
+    async fn stalled(&self, state: &BodyState) -> ErrorKind {
         let timing = self.repository.client().timing();
+        let pace = Pace::new(timing.floor);
+        let (mut waited, mut remaining) = state.of_target();
         loop {
+            let (waits, remains) = state.of_target();
+            let is_slow = pace.is_too_slow(waits.saturating_sub(waited), remaining - remains);
+            if is_slow && !state.is_sent() {
+                return ErrorKind::TooSlow;
+            }
+            (waited, remaining) = (waits, remains);
             if state.is_waiting_for_source() {
                 // Downloads have bounds of their own: look again when one of them is over.
                 sleep(timing.idle).await;
@@ -310,9 +317,9 @@ impl Upload {
             let patience = if state.is_sent() { timing.answer } else { timing.idle };
             let deadline = state.last_byte() + patience;
             if deadline <= Instant::now() {
-                return;
+                return ErrorKind::TimedOut;
             }
-            sleep_until(deadline).await;
+            sleep_until(deadline.min(Instant::now() + timing.floor.window)).await;
         }
     }
 

@@ -2,7 +2,8 @@
 //! server, the fault proxies that tests start themselves (so its key lies in the run directory), and client
 //! certificates for Kubernetes.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::IpAddr;
+use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -13,6 +14,9 @@ use rcgen::{
 };
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+
+/// Wide enough that a machine whose clock is off still runs the tests.
+const YEARS: Range<i32> = 2020..2099;
 
 /// A certificate authority with its key.
 pub struct Ca {
@@ -55,13 +59,19 @@ impl Ca {
 
     /// A server certificate for `127.0.0.1`, `::1` and `localhost`.
     pub fn server(&self) -> Result<Identity> {
+        self.server_for(&["127.0.0.1", "::1", "localhost"], YEARS)
+    }
+
+    /// A server certificate for these names and addresses, from the first day of one year to that of another.
+    pub fn server_for(&self, names: &[&str], years: Range<i32>) -> Result<Identity> {
         let mut params = params("localhost", None);
-        params.subject_alt_names = vec![
-            SanType::IpAddress(IpAddr::V4(Ipv4Addr::LOCALHOST)),
-            SanType::IpAddress(IpAddr::V6(Ipv6Addr::LOCALHOST)),
-            SanType::DnsName("localhost".try_into()?),
-        ];
+        let name = |name: &&str| match name.parse::<IpAddr>() {
+            Ok(address) => Ok(SanType::IpAddress(address)),
+            Err(_) => Ok(SanType::DnsName((*name).try_into()?)),
+        };
+        params.subject_alt_names = names.iter().map(name).collect::<Result<_>>()?;
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
+        (params.not_before, params.not_after) = (date_time_ymd(years.start, 1, 1), date_time_ymd(years.end, 1, 1));
         self.sign(params)
     }
 
@@ -156,8 +166,6 @@ fn params(common_name: &str, organization: Option<&str>) -> CertificateParams {
     if let Some(organization) = organization {
         params.distinguished_name.push(DnType::OrganizationName, organization);
     }
-    // Wide enough that a machine whose clock is off still runs the tests.
-    params.not_before = date_time_ymd(2020, 1, 1);
-    params.not_after = date_time_ymd(2099, 1, 1);
+    (params.not_before, params.not_after) = (date_time_ymd(YEARS.start, 1, 1), date_time_ymd(YEARS.end, 1, 1));
     params
 }

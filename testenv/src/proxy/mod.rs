@@ -32,7 +32,7 @@ pub use self::key::{Key, Matcher, Route};
 use self::line::{Control, Line};
 pub use self::log::Exchange;
 use self::log::Log;
-use crate::certs::{client_config, http_client};
+use crate::certs::{Identity, client_config, http_client};
 use crate::env::Env;
 use crate::pace::Pace;
 use crate::registry::Registry;
@@ -46,6 +46,7 @@ pub struct ProxyBuilder<'a> {
     registry: Registry,
     label: String,
     tls: bool,
+    identity: Option<Identity>,
     up: Option<u64>,
     down: Option<u64>,
 }
@@ -61,6 +62,12 @@ impl ProxyBuilder<'_> {
     #[must_use]
     pub fn plain(self) -> Self {
         Self { tls: false, ..self }
+    }
+
+    /// With this certificate instead of one that is right.
+    #[must_use]
+    pub fn identity(self, identity: Identity) -> Self {
+        Self { identity: Some(identity), ..self }
     }
 
     /// Limits what all clients together send, in bytes of bodies per second.
@@ -90,7 +97,8 @@ impl ProxyBuilder<'_> {
             log: Log::default(),
             rules: Mutex::default(),
         });
-        let acceptor = if self.tls { Some(TlsAcceptor::from(self.env.ca()?.server()?.server_config()?)) } else { None };
+        let identity = self.identity.map_or_else(|| self.env.ca()?.server(), Ok)?;
+        let acceptor = if self.tls { Some(TlsAcceptor::from(identity.server_config()?)) } else { None };
         let task = tokio::spawn(accept(listener, acceptor, Arc::clone(&shared)));
         let registry = Registry { tls: self.tls, ..self.registry.at(&shared.host) };
         Ok(Proxy { shared, registry, address, task })
@@ -110,7 +118,8 @@ impl Proxy {
     #[must_use]
     pub fn to<'a>(env: &'a Env, registry: &Registry) -> ProxyBuilder<'a> {
         let tls = registry.tls;
-        ProxyBuilder { env, registry: registry.clone(), label: "proxy".to_owned(), tls, up: None, down: None }
+        let (registry, label) = (registry.clone(), "proxy".to_owned());
+        ProxyBuilder { env, registry, label, tls, identity: None, up: None, down: None }
     }
 
     /// In front of the API server. Client certificates do not pass, tokens do.

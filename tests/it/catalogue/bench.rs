@@ -11,7 +11,7 @@ use anyhow::{Context as _, Result, anyhow, ensure};
 use futures::future::LocalBoxFuture;
 use imagemirror::{
     reason::Reason,
-    registry::{Client, ClientOptions},
+    registry::{Client, ClientOptions, Timing},
     sync::SyncReport,
 };
 use serde_json::json;
@@ -42,9 +42,12 @@ pub(super) fn options() -> ClientOptions {
 
 fn options_with(patience: Duration) -> ClientOptions {
     let mut options = crate::cases::options();
-    let timing = &mut options.timing;
-    (timing.head, timing.idle, timing.answer) = (patience, patience, patience);
+    be_patient(&mut options.timing, patience);
     options
+}
+
+fn be_patient(timing: &mut Timing, patience: Duration) {
+    (timing.head, timing.idle, timing.answer) = (patience, patience, patience);
 }
 
 pub(super) fn client() -> Client {
@@ -130,6 +133,13 @@ impl Bench {
     pub(super) fn of_index(mut self) -> Self {
         self.repository = self.world.source_of("index");
         self
+    }
+
+    /// Copies another image, which is at the source alone.
+    pub(super) async fn of(mut self, image: &Image) -> Result<Self> {
+        self.repository = self.beside("from");
+        testenv::Client::new(self.env, &self.env.source)?.push(&self.repository, "1", image).await?;
+        Ok(self)
     }
 
     /// Another host: what is at the source is there as well, for everybody.
@@ -242,7 +252,7 @@ pub(super) struct Fault {
     reasons: &'static [Reason],
     seen: Vec<(Side, Matcher, RangeInclusive<usize>)>,
     most_sent: Option<u64>,
-    patience: Option<Duration>,
+    options: ClientOptions,
     in_any_order: bool,
 }
 
@@ -257,7 +267,7 @@ pub(super) fn fault(id: &str, what: &str) -> Fault {
         reasons: &[],
         seen: Vec::new(),
         most_sent: None,
-        patience: None,
+        options: options(),
         in_any_order: false,
     }
 }
@@ -301,7 +311,13 @@ impl Fault {
 
     /// How long the client waits for an answer or a byte.
     pub(super) fn patience(self, patience: Duration) -> Self {
-        Self { patience: Some(patience), ..self }
+        self.timing(|timing| be_patient(timing, patience))
+    }
+
+    /// What else the client waits for.
+    pub(super) fn timing(mut self, change: impl FnOnce(&mut Timing)) -> Self {
+        change(&mut self.options.timing);
+        self
     }
 
     /// The target says that it has what it has not.
@@ -318,8 +334,7 @@ impl Fault {
         if self.before.is_some() {
             bench.push_old().await?;
         }
-        let client = self.patience.map_or_else(client, |patience| Client::new(options_with(patience)));
-        let report = bench.copy_with(&client, &bench.to).await?;
+        let report = bench.copy_with(&Client::new(self.options.clone()), &bench.to).await?;
         let checked = self.check(&bench, &report).await;
         checked
             .map_err(|error| anyhow!("{error:#}\n  source:{}\n  target:{}", lines(&bench.source), lines(&bench.target)))

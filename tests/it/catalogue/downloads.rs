@@ -3,7 +3,10 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use imagemirror::{reason::Reason, registry::Client};
+use imagemirror::{
+    reason::Reason,
+    registry::{Client, Floor},
+};
 use testenv::{
     images::Content,
     proxy::{Action, Close, Matcher, Route},
@@ -213,14 +216,20 @@ fn slow() -> Vec<Row> {
         .fails(&[Reason::SourceUnavailable])
         .seen(Source, get_blob(large()), 2..=6);
     rows.push(never.into());
-    rows.push(row("R8-trickle", "a head that comes a byte at a time holds nobody for ever", trickles));
+    for (id, what, beginning) in [
+        ("R8-trickle", "a head that comes a byte at a time holds nobody for ever", "HTTP/1.1 200 OK\r\nX-Slow: "),
+        ("T17-trickle", "nor a manifest", "HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n"),
+    ] {
+        rows.push(row(id, what, move |bench| trickles(bench, beginning)));
+    }
     rows
 }
 
-async fn trickles(bench: Bench) -> Result<()> {
+async fn trickles(bench: Bench, beginning: &'static str) -> Result<()> {
     let mut options = super::bench::options();
     options.timing.head = Duration::from_millis(300);
-    let (host, _server) = super::listener::trickle().await?;
+    options.timing.floor = Floor { per_second: 10_000, window: Duration::from_millis(300) };
+    let (host, _server) = super::listener::trickle(beginning).await?;
     let source = bench.env.open.at(&host);
     let client = Client::new(options);
     let copy = bench.copy_between(&client, &source, bench.target.registry(), &bench.to);

@@ -3,7 +3,10 @@
 
 use std::{
     net::SocketAddr,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::Duration,
 };
 
@@ -51,8 +54,8 @@ impl Drop for Listener {
     }
 }
 
-/// A server without TLS whose answers begin and never come to the end of their head, a byte at a time.
-pub(super) async fn trickle() -> Result<(String, JoinSet<()>)> {
+/// A server without TLS whose answers begin like this and never end, a byte at a time.
+pub(super) async fn trickle(beginning: &'static str) -> Result<(String, JoinSet<()>)> {
     let listener = TcpListener::bind(("127.0.0.1", 0)).await?;
     let host = listener.local_addr()?.to_string();
     let mut tasks = JoinSet::new();
@@ -61,12 +64,10 @@ pub(super) async fn trickle() -> Result<(String, JoinSet<()>)> {
         while let Ok((mut stream, _)) = listener.accept().await {
             connections.spawn(async move {
                 let mut every = tokio::time::interval(Duration::from_millis(20));
-                let head = b"HTTP/1.1 200 OK\r\nX-Slow: ".iter().chain(std::iter::repeat(&b'a'));
-                for byte in head {
+                let mut next = beginning.as_bytes();
+                while stream.write_all(next).await.is_ok() {
                     every.tick().await;
-                    if stream.write_all(&[*byte]).await.is_err() {
-                        return;
-                    }
+                    next = b"a";
                 }
             });
         }
@@ -94,6 +95,7 @@ async fn listen(listener: TcpListener, heard: Arc<Mutex<Vec<Vec<u8>>>>) {
 /// A second address of this machine for a server that has one already: `127.0.0.2:PORT`. Ends when it is dropped.
 pub(super) struct Relay {
     address: SocketAddr,
+    connections: Arc<AtomicUsize>,
     task: JoinHandle<()>,
 }
 
@@ -102,9 +104,12 @@ impl Relay {
         let listener = TcpListener::bind(("127.0.0.2", 0)).await?;
         let address = listener.local_addr()?;
         let host = host.to_owned();
+        let count = Arc::<AtomicUsize>::default();
+        let connections = Arc::clone(&count);
         let task = tokio::spawn(async move {
             let mut connections = JoinSet::new();
             while let Ok((mut near, _)) = listener.accept().await {
+                count.fetch_add(1, Ordering::Relaxed);
                 let host = host.clone();
                 connections.spawn(async move {
                     let Ok(mut far) = tokio::net::TcpStream::connect(host).await else { return };
@@ -112,11 +117,16 @@ impl Relay {
                 });
             }
         });
-        Ok(Self { address, task })
+        Ok(Self { address, connections, task })
     }
 
     pub(super) fn host(&self) -> String {
         self.address.to_string()
+    }
+
+    /// How many have come.
+    pub(super) fn connections(&self) -> usize {
+        self.connections.load(Ordering::Relaxed)
     }
 }
 

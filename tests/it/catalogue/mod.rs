@@ -7,9 +7,11 @@
 mod auth;
 mod bench;
 mod downloads;
+mod foreign;
 mod leaks;
 mod listener;
 mod quirks;
+mod slow;
 mod threats;
 mod uploads;
 mod whole;
@@ -33,7 +35,9 @@ async fn every_fault_of_the_catalogue_ends_as_it_should() -> Result<()> {
         whole::rows(),
         leaks::rows(),
         threats::rows(),
+        foreign::rows(),
         quirks::rows(),
+        slow::rows(),
     ];
     let rows: Vec<Row> = tables.into_iter().flatten().collect();
     let ids: HashSet<&str> = rows.iter().map(|row| row.id.as_str()).collect();

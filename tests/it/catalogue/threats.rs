@@ -1,4 +1,4 @@
-//! T4, T5, T12, T15, T16: who writes a manifest wants connections from where we stand, or our memory. Each threat twice:
+//! T5, T12, T15, T16: who writes a manifest wants connections from where we stand, or our memory. Each threat twice:
 //! it comes to nothing, and what is like it and honest still works.
 
 use anyhow::{Result, ensure};
@@ -9,7 +9,7 @@ use imagemirror::{
 };
 use serde_json::{Value, json};
 use testenv::{
-    images::{Content, DOCKER_MANIFEST, Image, OCI_INDEX, OCI_MANIFEST},
+    images::{Content, Image, OCI_INDEX, OCI_MANIFEST},
     proxy::{Action, Matcher, Proxy, Route},
 };
 
@@ -18,82 +18,20 @@ use super::{
     bench::{
         Bench, IMAGE, Row,
         Side::{Source, Target},
-        client, fault, get_blob, get_manifest, lines, options, put_manifest, row, small, whole,
+        client, fault, get_blob, get_manifest, options, put_manifest, row, small, whole,
     },
     listener::{Listener, Relay},
 };
 use crate::cases::{access, image, sync_with};
 
-const BLOCKED: &[Reason] = &[Reason::Blocked];
+pub(super) const BLOCKED: &[Reason] = &[Reason::Blocked];
 
 pub(super) fn rows() -> Vec<Row> {
-    [foreign(), networks(), documents()].into_iter().flatten().collect()
-}
-
-fn foreign() -> Vec<Row> {
-    const NONDISTRIBUTABLE: &str = "application/vnd.oci.image.layer.nondistributable.v1.tar";
-    const DOCKER_FOREIGN: &str = "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip";
-    const LAYER: &str = "application/vnd.oci.image.layer.v1.tar";
-    vec![
-        row("T4", "a layer that its vendor distributes is left out", |bench| {
-            foreign_layer(bench, NONDISTRIBUTABLE, false)
-        }),
-        row("T4-docker", "the same in Docker's words", |bench| foreign_layer(bench, DOCKER_FOREIGN, false)),
-        row("T4-layer", "a layer like any other that names URLs comes from the registry", |bench| {
-            foreign_layer(bench, LAYER, true)
-        }),
-        row("T4-refused", "a target that takes no manifest with URLs says which setting it is", refused_urls),
-    ]
-}
-
-/// The image with `urls` on its small layer, under a type of its own.
-fn with_urls(listener: &Listener, media_type: &str) -> Content {
-    let mut manifest: Value = serde_json::from_slice(&IMAGE.root.bytes).unwrap_or_default();
-    let is_docker = media_type.contains("docker");
-    if is_docker {
-        manifest["mediaType"] = DOCKER_MANIFEST.into();
-        manifest["config"]["mediaType"] = "application/vnd.docker.container.image.v1+json".into();
-        manifest["layers"][0]["mediaType"] = "application/vnd.docker.image.rootfs.diff.tar".into();
-    }
-    for layer in manifest["layers"].as_array_mut().into_iter().flatten() {
-        if layer["digest"] == small().digest {
-            layer["mediaType"] = media_type.into();
-            layer["urls"] =
-                json!([format!("http://{}/layer", listener.host()), format!("https://{}/layer", listener.host())]);
-        }
-    }
-    Content::new(if is_docker { DOCKER_MANIFEST } else { OCI_MANIFEST }, manifest.to_string())
-}
-
-async fn foreign_layer(bench: Bench, media_type: &'static str, is_copied: bool) -> Result<()> {
-    let bench = bench.writing_free().await?;
-    let listener = Listener::at("127.0.0.1").await?;
-    let root = with_urls(&listener, media_type);
-    bench.source.rule(Matcher::new().route(Route::Manifest).skip(1), whole(200, &root));
-    let report = bench.copy().await?;
-    ensure!(report.failed().next().is_none(), "{report:?}");
-    ensure!(listener.heard().is_empty(), "its URL was asked");
-    let there = bench.at_target()?.blob(&bench.to, &small().digest).await?;
-    ensure!(there.is_some() == is_copied, "the layer is at the target: {}", there.is_some());
-    ensure!(bench.at_target()?.digest_of(&bench.to, "1").await? == Some(root.digest), "the tag is another one");
-    bench.in_order()
-}
-
-async fn refused_urls(bench: Bench) -> Result<()> {
-    let listener = Listener::at("127.0.0.1").await?;
-    let root = with_urls(&listener, "application/vnd.oci.image.layer.nondistributable.v1.tar");
-    bench.source.rule(Matcher::new().route(Route::Manifest).skip(1), whole(200, &root));
-    let report = bench.copy().await?;
-    bench.failed(&report, &[Reason::ManifestRefused], None).await?;
-    ensure!(listener.heard().is_empty(), "its URL was asked");
-    let names_setting = report.failed().all(|(_, failure)| failure.message.contains("validation.manifests.urls.allow"));
-    ensure!(names_setting, "{report:?}");
-    ensure!(bench.target.count(&put_manifest("1")) == 1, "{}", lines(&bench.target));
-    Ok(())
+    [networks(), documents()].into_iter().flatten().collect()
 }
 
 /// Everything of this machine is closed but `allow`.
-fn closed_but(allow: &[&str]) -> Result<Client> {
+pub(super) fn closed_but(allow: &[&str]) -> Result<Client> {
     let allow = allow.iter().map(|network| network.parse()).collect::<Result<_, _>>()?;
     let mut options = options();
     options.networks = Networks::closed(Vec::new(), allow);

@@ -1,14 +1,13 @@
 //! R27 to R33, R35, R37, R38: tags that move, parts that are missing, names and certificates, mirrors of mirrors.
 
-use anyhow::{Result, ensure};
-use imagemirror::{
-    reason::Reason,
-    registry::{Access, Transport},
-    sync::Failure,
-};
+use std::ops::Range;
+
+use anyhow::{Context as _, Result, ensure};
+use imagemirror::{reason::Reason, registry::Access, sync::Failure};
 use testenv::{
+    certs::Ca,
     images::Image,
-    proxy::{Action, Gate, Matcher, Route},
+    proxy::{Action, Gate, Matcher, Proxy, Route},
 };
 
 use super::{
@@ -153,33 +152,67 @@ fn pages() -> Vec<Row> {
 }
 
 fn names() -> Vec<Row> {
-    const UNTRUSTED: &[Reason] = &[Reason::CertificateInvalid];
-    vec![
-        row("R31-source", "an authority that nobody knows, at the source", |bench| untrusted(bench, true)),
-        row("R31-target", "an authority that nobody knows, at the target", |bench| untrusted(bench, false)),
-        row("R31-name", "a certificate for another name", |bench| async move {
-            let relay = Relay::to(&bench.source.host()).await?;
-            let source = bench.source.registry().at(&relay.host());
-            let report = bench.copy_between(&client(), &source, bench.target.registry(), &bench.to).await?;
-            bench.failed(&report, UNTRUSTED, None).await?;
-            ensure!(bench.source.requests().is_empty(), "{}", lines(&bench.source));
-            Ok(())
-        }),
+    let mut rows = vec![
         row("R31-plain", "no plain HTTP where TLS fails", |bench| hello(bench, |hello| hello.first() == Some(&0x16))),
         row("R33", "HTTP/2 is never offered", |bench| hello(bench, offers_http1_alone)),
         row("R32", "a name that does not exist stops no other image", unknown_name),
-    ]
+        row("R32-target", "a target whose name does not exist", |bench| async move {
+            let target = bench.target.registry().at("registry.invalid");
+            let report = bench.copy_between(&client(), bench.source.registry(), &target, &bench.to).await?;
+            bench.failed(&report, &[Reason::TargetUnavailable], None).await?;
+            let is_named = report.failed().all(|(_, failure)| failure.message.contains("registry.invalid"));
+            ensure!(is_named && bench.source.count(&get_blob(large())) == 0, "{report:?}");
+            Ok(())
+        }),
+    ];
+    for id in ["right", "expired", "early", "name", "authority"] {
+        for is_source in [true, false] {
+            let side = if is_source { "source" } else { "target" };
+            let what = "a certificate that is right but for one thing: what it is, and what to do, at once";
+            rows.push(row(&format!("R31-{id}-{side}"), what, move |bench| shown(bench, is_source, id)));
+        }
+    }
+    rows
 }
 
-async fn untrusted(bench: Bench, is_source: bool) -> Result<()> {
-    let mut source = access(bench.env, bench.source.registry())?;
-    let mut target = access(bench.env, bench.target.registry())?;
-    if is_source { &mut source } else { &mut target }.transport = Transport::default();
-    let image = image(&source, &bench.repository, &bench.to)?;
-    let report = sync_with(&client(), source, target, vec![image]).await?;
+/// A certificate that is right but for one thing, and what the message then says.
+struct Certificate {
+    names: &'static [&'static str],
+    years: Range<i32>,
+    is_ours: bool,
+    says: [&'static str; 2],
+}
+
+fn certificate(id: &str) -> Certificate {
+    let right = Certificate { names: &["127.0.0.2"], years: 2020..2099, is_ours: true, says: ["", ""] };
+    match id {
+        "expired" => Certificate { years: 2020..2021, says: ["has expired", "renewed"], ..right },
+        "early" => Certificate { years: 2098..2099, says: ["is not valid yet", "clocks"], ..right },
+        "name" => Certificate { names: &["other.example"], says: ["other.example", "use a name"], ..right },
+        "authority" => Certificate { is_ours: false, says: ["is not trusted", "ca.crt"], ..right },
+        _ => right,
+    }
+}
+
+async fn shown(bench: Bench, is_source: bool, id: &'static str) -> Result<()> {
+    let bench = bench.writing_free().await?;
+    let Certificate { names, years, is_ours, says } = certificate(id);
+    let authority = if is_ours { bench.env.ca()? } else { Ca::generate()? };
+    let (right, wrong) = if is_source { (&bench.target, &bench.source) } else { (&bench.source, &bench.target) };
+    let proxy = Proxy::to(bench.env, wrong.registry()).identity(authority.server_for(names, years)?).start().await?;
+    let relay = Relay::to(&proxy.host()).await?;
+    let wrong = proxy.registry().at(&relay.host());
+    let (source, target) = if is_source { (&wrong, right.registry()) } else { (right.registry(), &wrong) };
+    let report = bench.copy_between(&client(), source, target, &bench.to).await?;
+    if id == "right" {
+        return bench.copied(&report, &bench.to, &IMAGE).await;
+    }
     bench.failed(&report, &[Reason::CertificateInvalid], None).await?;
-    let asked = if is_source { &bench.source } else { &bench.target };
-    ensure!(asked.requests().is_empty(), "{}", lines(asked));
+    let (_, failure) = report.failed().next().context("it did not fail")?;
+    ensure!(says.iter().all(|part| failure.message.contains(part)), "{failure:?}");
+    ensure!(failure.message.contains(&relay.host()), "{failure:?}");
+    ensure!(proxy.requests().is_empty(), "{}", lines(&proxy));
+    ensure!(relay.connections() == 1, "{} connections: nothing has changed meanwhile", relay.connections());
     Ok(())
 }
 

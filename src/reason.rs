@@ -130,6 +130,7 @@ impl Reason {
             | Self::RateLimited
             | Self::Timeout
             | Self::InternalError
+            | Self::Conflict
             | Self::Progressing
             | Self::ProgressingWithRetry => Retry::Transient,
             Self::Succeeded
@@ -141,7 +142,6 @@ impl Reason {
             | Self::QuotaExceeded
             | Self::TagImmutable
             | Self::TargetChanged
-            | Self::Conflict
             | Self::PlatformMissing
             | Self::Blocked
             | Self::IntegrityError

@@ -195,7 +195,7 @@ pub struct Select {
     /// Regular expressions (RE2); a tag that one of them matches as a whole is left out. Example: `[".*-rc.*"]`. When
     /// absent: none is.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    #[schemars(length(max = 20), inner(length(min = 1, max = 512)))]
+    #[schemars(length(max = 10), inner(length(min = 1, max = 256)))]
     #[x_kube(merge_strategy = ListMerge::Atomic, validation = Rule::new("self.all(p, ''.matches(p) || !''.matches(p))").message("not a valid regular expression"))]
     pub exclude: Vec<String>,
     /// A range of versions with the grammar and the pre-release rule of node-semver. A `v` before a version is left out,

@@ -16,7 +16,7 @@ pub struct Policy {
 
 /// What to do when a tag has a new digest at the source.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[cfg_attr(feature = "operator", derive(schemars::JsonSchema))]
+#[cfg_attr(feature = "operator", derive(schemars::JsonSchema), schemars(description = ""))]
 pub enum SourceMoved {
     /// Copy it.
     #[default]
@@ -27,7 +27,7 @@ pub enum SourceMoved {
 
 /// What to do when the target tag has a digest that is not the wanted one.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[cfg_attr(feature = "operator", derive(schemars::JsonSchema))]
+#[cfg_attr(feature = "operator", derive(schemars::JsonSchema), schemars(description = ""))]
 pub enum Overwrite {
     /// Write the tag.
     #[default]

@@ -36,7 +36,7 @@ pub struct Rules {
 
 /// How tags are compared.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[cfg_attr(feature = "operator", derive(schemars::JsonSchema))]
+#[cfg_attr(feature = "operator", derive(schemars::JsonSchema), schemars(description = ""))]
 pub enum SortBy {
     /// As versions (semver.org); what is no version is left out.
     Semver,

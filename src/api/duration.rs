@@ -13,7 +13,9 @@ pub fn parse_duration(text: &str) -> Option<Duration> {
     if text.is_empty() || text.len() > MAX_LEN || text.contains(['-', '+']) {
         return None;
     }
-    text.parse::<kube::core::Duration>().ok().map(Duration::from)
+    let duration = text.parse::<kube::core::Duration>().ok().map(Duration::from)?;
+    // Go counts nanoseconds in 63 bits.
+    i64::try_from(duration.as_nanos()).is_ok().then_some(duration)
 }
 
 #[cfg(test)]
@@ -29,8 +31,10 @@ mod tests {
         for bad in ["", "5", "soon", "-5s", "5s-3s", "99999999999999999999h"] {
             assert_eq!(parse_duration(bad), None, "{bad}");
         }
-        // The largest of that length is long, and no panic.
-        assert!(parse_duration("999999999999999h").is_some());
+        // The largest that there is, and of that length one that is no panic.
+        assert!(parse_duration("2562047h").is_some());
+        assert_eq!(parse_duration("2562048h"), None);
+        assert_eq!(parse_duration("999999999999999h"), None);
     }
 
     proptest! {

@@ -5,6 +5,7 @@
 
 mod condition;
 mod duration;
+pub mod schema;
 pub mod v1alpha1;
 
 pub use condition::{ConditionSet, ConditionType, Status};
@@ -21,7 +22,8 @@ pub const REGISTRY_OF_SECRET: &str = "imagemirror.dev/registry";
 /// The `CustomResourceDefinition` as it is installed.
 ///
 /// Beside what the types say, a new object has the status `observedGeneration: -1`, so that waiting tools see it as in
-/// progress until the operator has read it; and no integer has a format that the API server does not know.
+/// progress until the operator has read it; and a null in the spec, as templates write it, is the same as nothing: the
+/// API server leaves it out where it is not said to be a value.
 pub fn crd() -> Result<serde_json::Value, serde_json::Error> {
     use kube::CustomResourceExt as _;
     let mut crd = serde_json::to_value(ImageMirror::crd())?;
@@ -29,5 +31,17 @@ pub fn crd() -> Result<serde_json::Value, serde_json::Error> {
     if let Some(serde_json::Value::Object(status)) = status {
         status.insert("default".into(), serde_json::json!({"observedGeneration": -1}));
     }
+    if let Some(spec) = crd.pointer_mut("/spec/versions/0/schema/openAPIV3Schema/properties/spec") {
+        forbid_null(spec);
+    }
     Ok(crd)
+}
+
+fn forbid_null(schema: &mut serde_json::Value) {
+    let Some(schema) = schema.as_object_mut() else { return };
+    schema.remove("nullable");
+    if let Some(fields) = schema.get_mut("properties").and_then(serde_json::Value::as_object_mut) {
+        fields.values_mut().for_each(forbid_null);
+    }
+    schema.get_mut("items").into_iter().for_each(forbid_null);
 }

@@ -2,6 +2,7 @@
 //!
 //! No field of the spec has a default in the schema: defaults inside lists make GitOps tools see a difference for
 //! ever. Grammar lives in patterns, which cost no CEL budget; what excludes or requires what lives in CEL rules.
+//! Enumerations have no description of their own: it would replace that of the field.
 
 #![allow(unreachable_pub, reason = "the derive macro for the schema repeats the types inside a function")]
 
@@ -96,7 +97,7 @@ pub struct ImageMirrorSpec {
     pub registries: Vec<Registry>,
     /// How often everything is compared again, at least 30s, with a jitter of 5 %. Example: `6h`. When absent: 1h.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(length(max = 32), regex(pattern = DURATION))]
+    #[schemars(length(max = 16), regex(pattern = DURATION))]
     #[x_kube(validation = Rule::new("duration(self) >= duration('30s')").message("interval must be at least 30s, for example 1h"))]
     pub interval: Option<String>,
     /// When everything is compared again, in place of interval: five cron fields, minute, hour, day of month, month, day of
@@ -121,7 +122,7 @@ pub struct ImageMirrorSpec {
     pub policy: Option<Policy>,
     /// How long one whole run may take. Example: `30m`. When absent: 6h.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(length(max = 32), regex(pattern = DURATION))]
+    #[schemars(length(max = 16), regex(pattern = DURATION))]
     #[x_kube(validation = Rule::new("duration(self) > duration('0s')").message("timeout must be longer than 0s, for example 6h"))]
     pub timeout: Option<String>,
 }
@@ -232,6 +233,7 @@ pub struct Referrers {
 
 /// Which of the artifacts that are attached to images are copied.
 #[derive(Serialize, Deserialize, JsonSchema, Clone, Copy, Debug, PartialEq, Eq)]
+#[schemars(description = "")]
 pub enum ReferrersPolicy {
     /// Every one.
     All,

@@ -15,16 +15,23 @@ use serde_json::Value;
 
 use super::Failure;
 use crate::{
-    api::ImageMirror,
-    mirror::{Prepared, Problem, Secrets, ValidatedMirror, prepare, validate},
+    api::{
+        ImageMirror,
+        schema::{self, Violation},
+    },
+    mirror::{Prepared, Problem, Secrets, ValidatedMirror, prepare, validate_with},
     reason::Reason,
     registry::Transport,
 };
 
+/// Errors of one object that are said at once.
+const MAX_ERRORS: usize = 5;
+
 /// What the files hold. Objects without a namespace are in `default`.
 #[derive(Default)]
 pub(super) struct Documents {
-    mirrors: Vec<ImageMirror>,
+    /// Each with what the schema refuses in it.
+    mirrors: Vec<(ImageMirror, Vec<Violation>)>,
     secrets: BTreeMap<(String, String), Secret>,
     accounts: BTreeMap<(String, String), ServiceAccount>,
 }
@@ -70,9 +77,12 @@ impl Documents {
         let (version, kind) = (field("/apiVersion"), field("/kind"));
         match (version.as_str(), kind.as_str()) {
             ("imagemirror.dev/v1alpha1", "ImageMirror") => {
-                let mut mirror: ImageMirror = read_as(document)?;
+                let refused = schema::check(&document);
+                let said = refused.iter().take(MAX_ERRORS).map(ToString::to_string).collect::<Vec<_>>().join("; ");
+                let mirror = read_as::<ImageMirror>(schema::as_kept(document));
+                let mut mirror = mirror.map_err(|error| if said.is_empty() { error } else { said })?;
                 mirror.metadata.namespace = Some(key.0);
-                self.mirrors.push(mirror);
+                self.mirrors.push((mirror, refused));
             }
             ("v1", "Secret") => {
                 // The parser's own words may quote the content.
@@ -96,9 +106,10 @@ impl Documents {
         if self.mirrors.is_empty() {
             return Err(Failure::Usage("the files hold no ImageMirror".into()));
         }
-        let validated = |mirror: &ImageMirror| {
+        let validated = |(mirror, refused): &(ImageMirror, Vec<Violation>)| {
             let name = mirror.metadata.name.clone().unwrap_or_default();
-            validate(mirror).map_err(|error| Failure::Usage(format!("ImageMirror {name:?} is invalid: {error}")))
+            validate_with(mirror, refused)
+                .map_err(|error| Failure::Usage(format!("ImageMirror {name:?} is invalid: {error}")))
         };
         let mirrors: Vec<ValidatedMirror> = self.mirrors.iter().map(validated).collect::<Result<_, _>>()?;
         let mut wanted: HashMap<String, &str> = HashMap::new();

@@ -28,7 +28,7 @@ pub enum Referrers {
 
 /// What becomes of layers with `urls`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[cfg_attr(feature = "operator", derive(schemars::JsonSchema))]
+#[cfg_attr(feature = "operator", derive(schemars::JsonSchema), schemars(description = ""))]
 pub enum ForeignLayers {
     /// They stay where their vendors have them, as the image specification allows.
     #[default]

@@ -10,6 +10,7 @@ use kube::ResourceExt as _;
 
 use crate::{
     api::parse_duration,
+    api::schema::{self, Violation},
     api::v1alpha1::{Image, ImageMirror, ImageMirrorSpec, ReferrersPolicy, Select},
     copy::{CopyOptions, Referrers},
     oci::{Digest, Host, PlatformFilter, Reference, RepositoryName, Tag},
@@ -134,12 +135,19 @@ impl ValidatedMirror {
 
 /// Checks a spec. All errors are found, the first five are said.
 pub fn validate(mirror: &ImageMirror) -> Result<ValidatedMirror, InvalidSpec> {
+    // Serialising plain structs of strings does not fail.
+    let spec = serde_json::to_value(&mirror.spec).unwrap_or_default();
+    validate_with(mirror, &schema::check_spec(&spec))
+}
+
+/// Checks a spec of which it is known what the schema refuses.
+pub fn validate_with(mirror: &ImageMirror, refused: &[Violation]) -> Result<ValidatedMirror, InvalidSpec> {
     let mut errors = Errors::default();
     let spec = &mirror.spec;
     let target_host = errors.take("spec.target.registry", spec.target.registry.parse::<Host>());
     let template = spec.target.repository.as_deref().unwrap_or(DEFAULT_TEMPLATE);
     let schedule = errors.schedule(spec);
-    let timeout = errors.duration("spec.timeout", spec.timeout.as_deref(), DEFAULT_TIMEOUT, Duration::from_millis(1));
+    let timeout = errors.duration("spec.timeout", spec.timeout.as_deref(), DEFAULT_TIMEOUT, Duration::from_nanos(1));
     let (mut images, mut selections) = (Vec::new(), Vec::new());
     if spec.images.is_empty() {
         errors.add("spec.images", "name at least one image");
@@ -161,6 +169,7 @@ pub fn validate(mirror: &ImageMirror) -> Result<ValidatedMirror, InvalidSpec> {
     let registries = errors.registries(spec);
     let options = errors.options(spec);
     let policy = errors.policy(spec, images.len());
+    errors.refused(refused);
     let (Some(target_host), Some(schedule), true) = (target_host, schedule, errors.0.is_empty()) else {
         errors.0.truncate(MAX_ERRORS);
         return Err(InvalidSpec { errors: errors.0 });
@@ -192,6 +201,21 @@ struct Errors(Vec<String>);
 impl Errors {
     fn add(&mut self, field: &str, what: &str) {
         self.0.push(format!("{field}: {what}"));
+    }
+
+    /// What the schema refuses, where nothing better has been said of the field.
+    fn refused(&mut self, refused: &[Violation]) {
+        for violation in refused {
+            // Of an entry it is enough that something has been said of its list.
+            let list = violation.field.strip_suffix(']').and_then(|field| field.rsplit_once('[')).map(|(list, _)| list);
+            let is_said = |error: &String| {
+                let field = error.split_once(": ").map(|(field, _)| field);
+                field == Some(&violation.field) || (list.is_some() && field == list)
+            };
+            if !self.0.iter().any(is_said) {
+                self.0.push(violation.to_string());
+            }
+        }
     }
 
     fn take<T, E: std::fmt::Display>(&mut self, field: &str, result: Result<T, E>) -> Option<T> {
@@ -351,8 +375,11 @@ fn wanted_images(image: &Image, template: &str, field: &str) -> Result<(Vec<Want
 /// Which fields exclude and need each other, as the rules of the schema say it.
 fn check_form(image: &Image, source: &Reference) -> Result<(), (&'static str, &'static str)> {
     let (selects, has_own) = (image.select.is_some(), source.tag.is_some() || source.digest.is_some());
+    if source.digest.is_some() && !image.tags.is_empty() {
+        return Err(("tags", "source has a digest: remove tags; write targetTags for the tags to write at the target"));
+    }
     if has_own && !image.tags.is_empty() {
-        return Err(("source", "has a tag or digest already: write tags either in source or in tags, not in both"));
+        return Err(("tags", "source has a tag: write tags either in source or in tags, not in both"));
     }
     if has_own && selects {
         let what = "has a tag or a digest: select chooses among the tags of a repository, so write source without one";
@@ -370,7 +397,7 @@ fn check_form(image: &Image, source: &Reference) -> Result<(), (&'static str, &'
         return Err(("targetTags", "select keeps the tags of the source: remove targetTags"));
     }
     if !image.target_tags.is_empty() && image.tags.len() > 1 {
-        return Err(("targetTags", "is for a source with one tag or a digest"));
+        return Err(("targetTags", "is for a source with one tag or a digest: list one tag, or remove targetTags"));
     }
     Ok(())
 }

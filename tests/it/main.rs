@@ -4,6 +4,7 @@
 //! that all run side by side. Nothing here sleeps to wait for something.
 
 mod api;
+mod api_data;
 mod bad_input;
 mod boundaries;
 mod cases;

@@ -312,9 +312,17 @@ async fn a_status_of_another_version_does_not_make_the_object_unreadable() -> Re
     slow.place.apply("m", &slow.spec(&["1"])).await?;
     let entry = json!({"source": "a", "target": "b", "message": "", "since": "2026-01-01T00:00:00Z", "attempts": 1, "reason": "FromTheFuture"});
     let image = json!({"source": "a", "tag": "1", "target": "b", "state": "Hovering"});
-    let status = json!({"status": {"observedGeneration": 1, "failures": [entry], "images": [image]}});
-    let patch = kube::api::Patch::Merge(&status);
-    slow.place.mirrors().patch_status("m", &kube::api::PatchParams::default(), &patch).await?;
+    // As another version of the operator would write it: what it wrote and this one does not know goes away.
+    let ready = json!({
+        "type": "Ready", "status": "False", "reason": "SourceNotFound", "message": "", "observedGeneration": 0,
+        "lastTransitionTime": "2026-01-01T00:00:00Z",
+    });
+    let status = json!({
+        "apiVersion": "imagemirror.dev/v1alpha1", "kind": "ImageMirror", "metadata": {"name": "m"},
+        "status": {"observedGeneration": 0, "conditions": [ready], "failures": [entry], "images": [image]},
+    });
+    let params = kube::api::PatchParams::apply("imagemirror").force();
+    slow.place.mirrors().patch_status("m", &params, &kube::api::Patch::Apply(&status)).await?;
     let _operator = slow.place.operator()?;
     let status = slow.place.until_ready("m").await?.status.unwrap_or_default();
     ensure!(status.images.len() == 1 && status.failures.is_empty());

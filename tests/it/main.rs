@@ -23,6 +23,7 @@ mod packaging;
 mod platforms;
 mod referrers;
 mod secrecy;
+mod statuses;
 mod support;
 mod tags;
 mod uploads;

@@ -23,6 +23,8 @@ use serde_json::{Value, json};
 use testenv::{Env, Process, Registry, images::Image};
 use tokio::sync::OnceCell;
 
+use crate::statuses::Watch;
+
 /// Longer than anything a test waits for should take, on a busy machine.
 pub(crate) const PATIENCE: Duration = Duration::from_mins(1);
 
@@ -34,6 +36,18 @@ pub(crate) struct Place {
     /// The first part of every repository that the test uses.
     pub(crate) prefix: String,
     kubeconfig: PathBuf,
+    /// Every status that is written here.
+    pub(crate) statuses: Watch,
+}
+
+/// A status that breaks a rule fails the test that it was written in.
+impl Drop for Place {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            let violations = self.statuses.finish();
+            assert!(violations.is_empty(), "statuses that break a rule:\n{}", violations.join("\n"));
+        }
+    }
 }
 
 /// A running operator.
@@ -59,7 +73,8 @@ impl Place {
         let token = kubectl(env, &["create", "token", "imagemirror", "-n", &namespace, "--duration=1h"])?;
         let kubeconfig = env.run_dir.join(format!("{namespace}.kubeconfig"));
         std::fs::write(&kubeconfig, env.kubeconfig_for(token.trim()))?;
-        let place = Self { env, client, namespace, prefix: format!("{test}-{suffix}"), kubeconfig };
+        let statuses = Watch::start(env, &namespace);
+        let place = Self { env, client, namespace, prefix: format!("{test}-{suffix}"), kubeconfig, statuses };
         place.pull_secret("pull", &[&env.source]).await?;
         place.pull_secret("push", &[&env.target]).await?;
         place.secret("ca", "Opaque", &[("ca.crt", &env.ca_pem)]).await?;
@@ -315,7 +330,7 @@ pub(crate) fn rendered_chart(env: &Env, namespace: &str, arguments: &[&str]) -> 
     run(&mut helm, None)
 }
 
-async fn admin(env: &Env) -> Result<Client> {
+pub(crate) async fn admin(env: &Env) -> Result<Client> {
     let kubeconfig = Kubeconfig::read_from(&env.kubeconfig)?;
     let config = kube::Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await?;
     Ok(Client::try_from(config)?)

@@ -72,7 +72,7 @@ const OBJECT_NAME: &str = r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$";
 )]
 #[serde(rename_all = "camelCase")]
 pub struct ImageMirrorSpec {
-    /// What to mirror. Example: `{source: gcr.io/datadoghq/agent, tags: ["7.70.0"]}`.
+    /// What to mirror. Example: `[{source: gcr.io/datadoghq/agent, tags: ["7.70.0"]}]`.
     #[schemars(length(min = 1, max = 500))]
     #[x_kube(merge_strategy = ListMerge::Atomic)]
     pub images: Vec<Image>,
@@ -80,12 +80,12 @@ pub struct ImageMirrorSpec {
     pub target: Target,
     /// Secrets of this namespace with credentials for the sources, matched by registry and repository as the kubelet
     /// matches them: kubernetes.io/dockerconfigjson, kubernetes.io/dockercfg, or kubernetes.io/basic-auth with the
-    /// annotation imagemirror.dev/registry. When absent, sources are read without a credential.
+    /// annotation imagemirror.dev/registry. When absent: sources are read without a credential.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 32))]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["name".into()]))]
     pub image_pull_secrets: Vec<SecretReference>,
-    /// A `ServiceAccount` of this namespace whose imagePullSecrets are appended to those named here. When absent, none.
+    /// A `ServiceAccount` of this namespace whose imagePullSecrets are appended to those named here. When absent: none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 253), regex(pattern = OBJECT_NAME))]
     pub service_account_name: Option<String>,
@@ -145,12 +145,14 @@ pub struct Image {
     /// `gcr.io/datadoghq/agent`.
     #[schemars(length(min = 1, max = 512), regex(pattern = SOURCE))]
     pub source: String,
-    /// Tags to mirror by name; not together with a tag or digest in source. Example: `["7.70.0"]`.
+    /// Tags to mirror by name; not together with a tag or digest in source. Example: `["7.70.0"]`. When absent: the tag of
+    /// source, or what select chooses.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(min = 1, max = 100), inner(regex(pattern = TAG)))]
     #[x_kube(merge_strategy = ListMerge::Set)]
     pub tags: Vec<String>,
-    /// Tags to mirror by rule; may stand beside tags. Example: `{semver: ">=7.60 <8", limit: 5}`.
+    /// Tags to mirror by rule; may stand beside tags. Example: `{semver: ">=7.60 <8", limit: 5}`. When absent: no tag is
+    /// chosen by rule.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub select: Option<Select>,
     /// The repository at the target for this image; a template as target.repository is. When absent:
@@ -224,7 +226,8 @@ pub struct Referrers {
     /// All, None, or Selected by artifactTypes. When absent: All.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub policy: Option<ReferrersPolicy>,
-    /// The artifact types to copy with policy Selected. Example: `["application/vnd.dev.cosign.artifact.sig.v1+json"]`.
+    /// The artifact types to copy with policy Selected. Example: `["application/vnd.dev.cosign.artifact.sig.v1+json"]`. When
+    /// absent: none are named, as every other policy wants it.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 20), inner(regex(pattern = MEDIA_TYPE)))]
     #[x_kube(merge_strategy = ListMerge::Set)]

@@ -74,41 +74,155 @@ async fn the_kustomize_base_builds_and_the_api_server_takes_it() -> Result<()> {
     Ok(())
 }
 
-#[tokio::test]
-async fn every_sample_and_every_example_of_the_readme_is_valid() -> Result<()> {
-    let place = Place::new("samples").await?;
-    let mut checked = 0;
-    let mut texts: Vec<String> = Vec::new();
-    for entry in fs::read_dir(Path::new(ROOT).join("config/samples"))? {
-        texts.push(fs::read_to_string(entry?.path())?);
-    }
-    for file in ["README.md", "docs/architecture.md", "docs/operations.md", "docs/reasons.md"] {
-        let text = fs::read_to_string(Path::new(ROOT).join(file))?;
-        let blocks = text.split("```yaml\n").skip(1).filter_map(|rest| rest.split_once("\n```"));
-        texts.extend(blocks.map(|(block, _)| block.to_owned()));
-    }
-    for text in texts {
-        let documents: Vec<Value> = serde_saphyr::from_multiple(&text)?;
-        for mut document in documents {
-            if document["kind"] != "ImageMirror" {
+/// What users are shown as YAML: the samples, and what stands between fences in the documentation. And how many
+/// `ImageMirror`s there are in all of it, however they are shown.
+fn shown() -> Result<(Vec<(PathBuf, String)>, usize)> {
+    let (mut shown, mut objects) = (Vec::new(), 0);
+    for dir in [".", "docs", "charts/imagemirror", "config/samples"] {
+        for entry in fs::read_dir(Path::new(ROOT).join(dir))? {
+            let path = entry?.path();
+            let is_sample = dir == "config/samples";
+            if !is_sample && path.extension().is_none_or(|extension| extension != "md") {
                 continue;
             }
-            document["metadata"]["namespace"] = place.namespace.clone().into();
-            apply_dry(&place, &document.to_string()).with_context(|| format!("in {text}"))?;
-            imagemirror::mirror::validate(&serde_json::from_value(document)?)?;
-            checked += 1;
+            let text = fs::read_to_string(&path)?;
+            objects += text.lines().filter(|line| line.trim() == "kind: ImageMirror").count();
+            let blocks = text.split("```yaml\n").skip(1).filter_map(|rest| Some(rest.split_once("\n```")?.0));
+            let blocks = if is_sample { vec![text.as_str()] } else { blocks.collect() };
+            shown.extend(blocks.into_iter().map(|block| (path.clone(), block.to_owned())));
         }
     }
-    ensure!(checked >= 3, "only {checked} ImageMirrors were found");
-    Ok(())
+    Ok((shown, objects))
 }
 
 #[tokio::test]
-async fn kubectl_explains_the_fields() -> Result<()> {
+async fn every_object_that_users_are_shown_is_valid() -> Result<()> {
+    let place = Place::new("samples").await?;
+    let (texts, objects) = shown()?;
+    let mut checked = 0;
+    for (path, text) in texts {
+        let documents: Vec<Value> = serde_saphyr::from_multiple(&text)?;
+        for mut document in documents.into_iter().filter(|document| document["kind"] == "ImageMirror") {
+            let mut validate = Command::new(env!("CARGO_BIN_EXE_imagemirror"));
+            validate.args(["validate", "-f", "-"]);
+            run(&mut validate, Some(&document.to_string())).with_context(|| path.display().to_string())?;
+            document["metadata"]["namespace"] = place.namespace.clone().into();
+            apply_dry(&place, &document.to_string()).with_context(|| path.display().to_string())?;
+            checked += 1;
+        }
+    }
+    ensure!(checked >= 3 && checked == objects, "{checked} of {objects} ImageMirrors were found");
+    Ok(())
+}
+
+fn schema() -> Result<Value> {
+    let crd = imagemirror::api::crd()?;
+    Ok(crd.pointer("/spec/versions/0/schema/openAPIV3Schema").context("no schema")?.clone())
+}
+
+/// The fields of a schema with their paths; `[]` stands for the entries of a list.
+fn fields<'a>(path: &str, schema: &'a Value, found: &mut Vec<(String, &'a Value)>) {
+    found.push((path.to_owned(), schema));
+    for (name, field) in schema["properties"].as_object().into_iter().flatten() {
+        fields(&format!("{path}.{name}"), field, found);
+    }
+    if schema["items"].is_object() {
+        fields(&format!("{path}[]"), &schema["items"], found);
+    }
+}
+
+#[test]
+fn every_field_says_what_it_is_and_what_when_absent_and_none_has_a_default() -> Result<()> {
+    let schema = schema()?;
+    let mut found = Vec::new();
+    fields("spec", &schema["properties"]["spec"], &mut found);
+    let mut wrong = Vec::new();
+    for (path, field) in &found {
+        let description =
+            field["description"].as_str().unwrap_or_default().split_whitespace().collect::<Vec<_>>().join(" ");
+        let (parent, name) = path.rsplit_once('.').unwrap_or_default();
+        let of_parent = found.iter().find(|(path, _)| path == parent).map(|(_, parent)| &parent["required"]);
+        let is_required =
+            of_parent.and_then(Value::as_array).is_some_and(|names| names.iter().any(|field| field == name));
+        let is_entry = path.ends_with("[]");
+        if description.is_empty() && !(is_entry && field["type"] != "object") {
+            wrong.push(format!("{path} has no description"));
+        }
+        if !(is_required || is_entry || path == "spec" || description.contains("When absent:")) {
+            wrong.push(format!("{path} does not say what happens when it is absent: {description}"));
+        }
+        if field.get("default").is_some() {
+            wrong.push(format!("{path} has a default"));
+        }
+        wrong.extend(wrong_example(path, field, &description));
+    }
+    let mut of_status = Vec::new();
+    fields("status", &schema["properties"]["status"], &mut of_status);
+    wrong.extend(of_status.iter().filter(|(_, field)| field["description"].is_null()).map(|(path, _)| path.clone()));
+    ensure!(found.len() > 40 && wrong.is_empty(), "{}", wrong.join("\n"));
+    Ok(())
+}
+
+/// An example is one that the schema takes.
+fn wrong_example(path: &str, field: &Value, description: &str) -> Option<String> {
+    let (_, rest) = description.split_once("Example: `")?;
+    let example: Value = serde_saphyr::from_str(rest.split_once('`')?.0).ok()?;
+    // A part of the path is an object, or a list of one entry.
+    let put = |value: Value, part: &str| match part.strip_suffix("[]") {
+        Some(name) => serde_json::json!({name: [value]}),
+        None => serde_json::json!({part: value}),
+    };
+    let example = if field["type"] == "string" {
+        example.as_str().map_or(example.to_string().into(), Value::from)
+    } else {
+        example
+    };
+    let spec = path.split('.').skip(1).collect::<Vec<_>>().into_iter().rev().fold(example, put);
+    let path = path.replace("[]", "[0]");
+    let refused = imagemirror::api::schema::check_spec(&spec);
+    refused.iter().find(|refused| refused.field.starts_with(&path)).map(|refused| format!("the example of {refused}"))
+}
+
+#[tokio::test]
+async fn the_api_server_takes_the_definition_without_a_warning_and_kubectl_explains_all_of_it() -> Result<()> {
     let place = Place::new("explain").await?;
-    let text = kubectl(place.env, &["explain", "imagemirror.spec", "--api-version=imagemirror.dev/v1alpha1"])?;
-    for part in ["images", "imagePullSecrets", "How often everything is compared again", "When absent: 1h"] {
-        ensure!(text.contains(part), "no {part:?} in {text}");
+    let apply = |crd: &Value| -> Result<String> {
+        let path = place.env.run_dir.join(format!("{}.crd.json", place.namespace));
+        fs::write(&path, crd.to_string())?;
+        let mut apply = Command::new(place.env.tools.join("kubectl"));
+        apply.arg("--kubeconfig").arg(&place.env.kubeconfig).args(["apply", "--server-side", "--dry-run=server"]);
+        let output = apply.args(["--force-conflicts", "-f"]).arg(&path).output()?;
+        let said = String::from_utf8(output.stderr)?;
+        ensure!(output.status.success(), "{said}");
+        Ok(said)
+    };
+    let mut crd = imagemirror::api::crd()?;
+    let said = apply(&crd)?;
+    ensure!(said.is_empty(), "{said}");
+    let interval = "/spec/versions/0/schema/openAPIV3Schema/properties/spec/properties/interval";
+    crd.pointer_mut(interval).context("no interval")?["format"] = "unheard-of".into();
+    ensure!(apply(&crd)?.contains("Warning"), "kubectl would not print a warning");
+
+    let explain = |path: &str, more: &[&str]| {
+        kubectl(place.env, &[&["explain", path, "--api-version=imagemirror.dev/v1alpha1"], more].concat())
+    };
+    let text = explain("imagemirror.spec", &["--recursive"])?;
+    let schema = schema()?;
+    let mut found = Vec::new();
+    fields("spec", &schema["properties"]["spec"], &mut found);
+    for (path, _) in found.iter().filter(|(path, _)| path.contains('.') && !path.ends_with("[]")) {
+        let name = path.rsplit('.').next().unwrap_or_default();
+        ensure!(text.split_whitespace().any(|word| word == name), "no {path} in {text}");
+    }
+    for (path, what) in [
+        ("imagemirror.spec", "How often everything is compared again"),
+        ("imagemirror.spec.interval", "When absent: 1h"),
+        ("imagemirror.spec.images.select.sortBy", "Numerical"),
+        ("imagemirror.spec.policy.overwrite", "absent: Always"),
+        ("imagemirror.status.conditions", "Reconciling (only when true)"),
+    ] {
+        let text = explain(path, &[])?;
+        ensure!(text.contains(what), "no {what:?} in {text}");
     }
     Ok(())
 }

@@ -7,7 +7,7 @@ use std::{
 
 use kube::{
     Api, Client, Resource as _,
-    api::{Patch, PatchParams},
+    api::{ApiResource, DynamicObject, Patch, PatchParams},
 };
 use serde_json::json;
 
@@ -88,6 +88,20 @@ impl Context {
         }
     }
 
+    /// The status of an object that cannot be read: what we last wrote of it, if nobody has written it since.
+    pub(super) fn unread(&self, id: &Identity, resource_version: Option<String>) -> Current {
+        let written = self.written.lock().unwrap_or_else(PoisonError::into_inner);
+        let ours = written.get(&id.uid).filter(|ours| Some(&ours.resource_version) == resource_version.as_ref());
+        Current { status: ours.map(|ours| ours.status.clone()).unwrap_or_default(), resource_version }
+    }
+
+    /// The object as it is stored, whatever it is.
+    pub(super) async fn stored(&self, id: &Identity) -> Result<serde_json::Value, Error> {
+        let kind = ApiResource::erase::<ImageMirror>(&());
+        let api: Api<DynamicObject> = Api::namespaced_with(self.client.clone(), &id.namespace, &kind);
+        Ok(call("reading the object", self.config.timing.api_timeout, api.get(&id.name)).await?.data)
+    }
+
     /// Forgets an object that is gone.
     pub(super) fn forget(&self, uid: &str, namespace: &str, name: &str) {
         self.written.lock().unwrap_or_else(PoisonError::into_inner).remove(uid);
@@ -110,10 +124,32 @@ impl Context {
             "metadata": {"name": id.name, "uid": id.uid, "resourceVersion": current.resource_version},
             "status": status,
         }));
+        self.write(id, current, status, &PatchParams::apply(MANAGER).force(), &patch).await
+    }
+
+    /// Writes a status where the API server cannot apply one, because what is stored does not have the schema's types.
+    /// Nobody owns what is written so: a condition that the next status does not have would stay.
+    pub(super) async fn overwrite(
+        &self,
+        id: &Identity,
+        current: &mut Current,
+        status: ImageMirrorStatus,
+    ) -> Result<(), Error> {
+        let patch = json!({"metadata": {"uid": id.uid, "resourceVersion": current.resource_version}, "status": status});
+        self.write(id, current, status, &PatchParams::default(), &Patch::Merge(patch)).await
+    }
+
+    async fn write(
+        &self,
+        id: &Identity,
+        current: &mut Current,
+        status: ImageMirrorStatus,
+        params: &PatchParams,
+        patch: &Patch<serde_json::Value>,
+    ) -> Result<(), Error> {
         // Guarded: the answer for an object that does not fit our types does not fit them either.
         let api: Api<Guarded> = Api::namespaced(self.client.clone(), &id.namespace);
-        let params = PatchParams::apply(MANAGER).force();
-        let write = api.patch_status(&id.name, &params, &patch);
+        let write = api.patch_status(&id.name, params, patch);
         let object = call("writing the status", self.config.timing.api_timeout, write).await?;
         let resource_version = object.meta().resource_version.clone();
         *current = Current { status, resource_version: resource_version.clone() };

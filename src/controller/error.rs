@@ -40,6 +40,12 @@ impl Error {
         matches!(self, Self::Api { source, .. } if is_conflict(source))
     }
 
+    /// The API server could not do what it was asked to.
+    #[must_use]
+    pub fn is_internal(&self) -> bool {
+        matches!(self, Self::Api { source, .. } if matches!(&**source, kube::Error::Api(status) if status.code == 500))
+    }
+
     /// The object is gone.
     #[must_use]
     pub fn is_not_found(&self) -> bool {

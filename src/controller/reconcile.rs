@@ -22,7 +22,7 @@ use super::{
     status,
 };
 use crate::{
-    api::{ConditionType, ImageMirror, ImageMirrorStatus},
+    api::{ConditionType, ImageMirror, ImageMirrorStatus, schema},
     mirror::{InvalidSpec, Prepared, Secrets, ValidatedMirror, prepare, validate},
     plan::Action,
     reason::{Reason, Retry},
@@ -133,11 +133,17 @@ fn identity(meta: &ObjectMeta) -> Result<Identity, Error> {
 async fn unreadable(id: &Identity, invalid: &InvalidObject, context: &Context) -> Result<Requeue, Error> {
     context.runner.cancel(&id.uid);
     let generation = invalid.metadata.generation.unwrap_or_default();
-    let mut current =
-        Current { status: ImageMirrorStatus::default(), resource_version: invalid.metadata.resource_version.clone() };
-    let why = InvalidSpec::unreadable(&invalid.error);
+    let mut current = context.unread(id, invalid.metadata.resource_version.clone());
+    let refused = schema::check_spec(&context.stored(id).await?["spec"]);
+    let why = InvalidSpec::unreadable(&invalid.error, &refused);
     let status = status::invalid(generation, &current.status, &why, Timestamp::now());
-    context.apply(id, &mut current, status).await?;
+    match context.apply(id, &mut current, status.clone()).await {
+        // The API server applies nothing to an object that it cannot read itself.
+        Err(error) if error.is_internal() => {
+            context.overwrite(id, &mut current, status::without_stalled(status)).await?;
+        }
+        outcome => outcome?,
+    }
     // If it was the status that could not be read, it can be now.
     Ok(Requeue::requeue(context.config.timing.retry_auth))
 }

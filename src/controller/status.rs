@@ -158,6 +158,12 @@ pub(super) fn invalid(
     }
 }
 
+/// The status without the condition that only some statuses have.
+pub(super) fn without_stalled(mut status: ImageMirrorStatus) -> ImageMirrorStatus {
+    status.conditions.retain(|condition| condition.type_ != ConditionType::Stalled.as_str());
+    status
+}
+
 /// A run has ended.
 pub(super) fn finished(
     mirror: &ValidatedMirror,

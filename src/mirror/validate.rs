@@ -114,8 +114,10 @@ pub struct InvalidSpec {
 impl InvalidSpec {
     /// A spec that could not even be read.
     #[must_use]
-    pub fn unreadable(why: &str) -> Self {
-        Self { errors: vec![format!("the stored object cannot be read: {why}")] }
+    pub fn unreadable(why: &str, refused: &[Violation]) -> Self {
+        let errors: Vec<String> = refused.iter().take(MAX_ERRORS).map(ToString::to_string).collect();
+        let errors = if errors.is_empty() { vec![why.to_owned()] } else { errors };
+        Self { errors: vec![format!("the stored object cannot be read: {}", errors.join("; "))] }
     }
 }
 

@@ -24,6 +24,8 @@ const DEADLINE: Duration = Duration::from_secs(90);
 pub struct ControlPlane {
     /// `https://127.0.0.1:PORT`
     pub url: String,
+    /// `http://127.0.0.1:PORT`
+    pub etcd: String,
     /// A user in `system:masters`.
     pub kubeconfig: PathBuf,
     _parts: [Process; 3],
@@ -78,7 +80,7 @@ impl ControlPlane {
         // It has no port; what it does for the namespace shows that it works.
         let account = format!("{url}/api/v1/namespaces/default/serviceaccounts/default");
         manager.until_ready(DEADLINE, async || is_ok(&client, &account).await).await?;
-        Ok(Self { url, kubeconfig, _parts: [manager, apiserver, etcd] })
+        Ok(Self { url, etcd: etcd_url, kubeconfig, _parts: [manager, apiserver, etcd] })
     }
 }
 

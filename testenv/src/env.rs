@@ -27,6 +27,8 @@ pub struct Env {
     pub kubeconfig: PathBuf,
     /// `https://127.0.0.1:PORT`
     pub apiserver: String,
+    /// `http://127.0.0.1:PORT`, what the API server stores objects in: a test can put there what it would refuse.
+    pub etcd: String,
     /// The one authority that signs for everything in the run.
     pub ca_pem: String,
     pub ca_path: PathBuf,

@@ -159,6 +159,7 @@ impl Parts {
             tools: tools.dir.clone(),
             kubeconfig: controlplane.kubeconfig.clone(),
             apiserver: controlplane.url.clone(),
+            etcd: controlplane.etcd.clone(),
             ca_pem: ca.cert_pem().to_owned(),
             ca_path,
             ca_key_path,

@@ -265,8 +265,8 @@ async fn the_api_server_and_the_command_line_agree_on_every_case() -> Result<()>
         let outcome = case.judge(&place, &stored).await;
         outcome.err().map(|error| format!("{} = {value:.60}, {:?}: {error:.300}", case.field, case.expected))
     });
-    let wrong: Vec<String> =
-        stream::iter(judged).buffer_unordered(AT_ONCE).filter_map(async |wrong| wrong).collect().await;
+    let wrong: Vec<Option<String>> = stream::iter(judged).buffer_unordered(AT_ONCE).collect().await;
+    let wrong: Vec<String> = wrong.into_iter().flatten().collect();
     ensure!(wrong.is_empty(), "{} of {} cases:\n{}", wrong.len(), cases.len(), wrong.join("\n"));
 
     // What neither schema nor rules can see, the operator says.

@@ -9,6 +9,7 @@ mod bad_input;
 mod boundaries;
 mod cases;
 mod catalogue;
+mod compatibility;
 mod direct;
 mod economy;
 mod engine;

@@ -26,12 +26,12 @@ const MAX_STATUS: usize = 64 << 10;
 
 /// An object as it was written once.
 #[derive(Clone, Debug)]
-pub(crate) struct Seen {
+struct Seen {
     uid: String,
-    pub(crate) name: String,
+    name: String,
     version: String,
     generation: i64,
-    pub(crate) status: Value,
+    status: Value,
     /// The operator has written the status, and not only a test.
     is_ours: bool,
 }
@@ -60,13 +60,11 @@ impl Watch {
         Self { seen, stop, ended }
     }
 
-    /// The statuses of an object in the order in which the operator wrote them.
-    pub(crate) fn written(&self, name: &str) -> Vec<Value> {
-        let mut statuses: Vec<Value> = lock(&self.seen)
-            .iter()
-            .filter(|seen| seen.is_ours && seen.name == name)
-            .map(|seen| seen.status.clone())
-            .collect();
+    /// The statuses of an object, one after the other.
+    pub(crate) fn seen(&self, name: &str) -> Vec<Value> {
+        let seen = lock(&self.seen);
+        let mut statuses: Vec<Value> =
+            seen.iter().filter(|seen| seen.name == name).map(|seen| seen.status.clone()).collect();
         statuses.dedup();
         statuses
     }
@@ -248,9 +246,9 @@ async fn a_healthy_idle_object_gets_one_write_a_run() -> Result<()> {
     place.until("m", "the run that was due", |status| year(status) > Some(52)).await?;
     // What came after it would stand before what is asked for now, which is said when it begins and when it has ended.
     let status = serde_json::to_value(place.request("m").await?.status)?;
-    let is_last = || async { Ok(place.statuses.written("m").last() == Some(&status)) };
+    let is_last = || async { Ok(place.statuses.seen("m").last() == Some(&status)) };
     eventually("the watch to see it", is_last).await?;
-    let written = place.statuses.written("m");
+    let written = place.statuses.seen("m");
     let at = written.iter().position(|status| status["lastSync"]["finishedAt"] == long_ago).context("no old status")?;
     let [_, due, begun, ended] = &written[at..] else {
         bail!("{} statuses were written: {:#?}", written.len() - at - 1, &written[at + 1..]);

@@ -157,7 +157,7 @@ fn a_suspended_object_never_reconciles() {
 #[test]
 fn an_invalid_spec_is_stalled_and_a_good_one_heals_it() {
     let mirror = mirror(1, 2);
-    let error = InvalidSpec::unreadable("x");
+    let error = InvalidSpec::unreadable("x", &[]);
     let status = invalid(1, &ImageMirrorStatus::default(), &error, NOW);
     check(&status);
     assert_eq!(condition(&status, "Stalled"), is("True", "InvalidSpec"));

@@ -221,7 +221,8 @@ fn violations(seen: &[Seen]) -> Vec<String> {
         if let Some(before) = before.filter(|before| before.is_ours) {
             wrong.extend(now.wrong_after(before));
         }
-        violations.extend(wrong.into_iter().map(|rule| format!("{}: {rule}: {}", now.name, now.status)));
+        violations
+            .extend(wrong.into_iter().map(|rule| format!("{}: {rule}: {:.600}", now.name, now.status.to_string())));
     }
     violations
 }

@@ -101,6 +101,8 @@ pub struct RegistrySettings {
     pub plain_http: bool,
     /// The Secret with CA and client certificate.
     pub cert_secret: Option<String>,
+    /// The Secret with the proxy on the way there.
+    pub proxy_secret: Option<String>,
 }
 
 /// A spec that cannot be carried out, with every field that is wrong.
@@ -286,6 +288,7 @@ impl Errors {
             let settings = RegistrySettings {
                 plain_http: registry.plain_http.unwrap_or_default(),
                 cert_secret: registry.cert_secret_ref.as_ref().map(|secret| secret.name.clone()),
+                proxy_secret: registry.proxy_secret_ref.as_ref().map(|secret| secret.name.clone()),
             };
             if settings.plain_http && settings.cert_secret.is_some() {
                 self.add(&field, "plainHTTP and certSecretRef exclude each other");

@@ -7,6 +7,7 @@ use imagemirror::api::{ImageMirrorStatus, v1alpha1::ImageState};
 use kube::api::{DeleteParams, Patch, PatchParams};
 use serde_json::{Value, json};
 use testenv::{
+    Tunnel,
     images::Image,
     proxy::{Matcher, Proxy, Route},
 };
@@ -238,6 +239,29 @@ async fn a_run_that_was_missed_happens_once() -> Result<()> {
     ensure!(finished(&target) >= first);
     let runs = operator.logged()?.matches("run ended").count();
     ensure!(runs == 2, "{runs} runs");
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_registry_is_reached_through_the_proxy_that_is_named_for_it() -> Result<()> {
+    let place = Place::new("proxy").await?;
+    push_all(&place, "agent", &["1"]).await?;
+    let tunnel = Tunnel::start(Some(("tenant", "secret"))).await?;
+    let _operator = place.operator()?;
+    let mut spec = place.spec(&place.env.source, &place.env.target, &[("agent", &["1"])]);
+    spec["registries"][0]["proxySecretRef"] = json!({"name": "proxy"});
+    place.apply("m", &spec).await?;
+    place.until_reason("m", "SecretNotFound").await?;
+    let url = tunnel.url();
+    place.secret("proxy", "Opaque", &[("address", &url), ("username", "tenant"), ("password", "wrong")]).await?;
+    let status = place.until_reason("m", "SourceUnavailable").await?.status.unwrap_or_default();
+    ensure!(tunnel.refused() > 0 && tunnel.opened().is_empty(), "{:?}", tunnel.opened());
+    ensure!(!message(&status, "Ready").contains("wrong"), "{}", message(&status, "Ready"));
+    place.secret("proxy", "Opaque", &[("address", &url), ("username", "tenant"), ("password", "secret")]).await?;
+    place.until_ready("m").await?;
+    ensure!(place.holds(&place.env.target, "agent", "1", &image(1)).await?);
+    let opened = tunnel.opened();
+    ensure!(opened.contains(&place.env.source.host) && !opened.contains(&place.env.target.host), "{opened:?}");
     Ok(())
 }
 

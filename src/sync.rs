@@ -9,7 +9,7 @@ mod handles;
 mod image;
 mod preview;
 
-pub use choose::{MAX_IMAGES, SelectionRequest, choose};
+pub use choose::{SelectionRequest, choose};
 pub use preview::{ImagePreview, Preview, preview};
 
 use std::{

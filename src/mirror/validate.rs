@@ -13,16 +13,14 @@ use crate::{
     api::v1alpha1::{Image, ImageMirror, ImageMirrorSpec, ReferrersPolicy, Select},
     copy::{CopyOptions, Referrers},
     oci::{Digest, Host, PlatformFilter, Reference, RepositoryName, Tag},
-    plan::{Overwrite, Policy, SourceMoved},
+    plan::Policy,
     schedule::{Calendar, DEFAULT_INTERVAL, MIN_INTERVAL, Schedule},
     select::{Rules, Selection},
-    sync::{ImageSource, MAX_IMAGES},
+    sync::ImageSource,
 };
 
 const DEFAULT_TIMEOUT: Duration = Duration::from_hours(6);
 const DEFAULT_TEMPLATE: &str = "{repository}";
-/// The status names so many images; what is ours is known of them alone.
-const MAX_OWNED: usize = 100;
 /// Errors that are said at once.
 const MAX_ERRORS: usize = 5;
 
@@ -156,9 +154,6 @@ pub fn validate(mirror: &ImageMirror) -> Result<ValidatedMirror, InvalidSpec> {
             Err(message) => errors.0.push(message),
         }
     }
-    if images.len() > MAX_IMAGES {
-        errors.add("spec.images", &format!("{} tags are wanted, at most {MAX_IMAGES} can be", images.len()));
-    }
     errors.collisions(&images);
     let registries = errors.registries(spec);
     let options = errors.options(spec);
@@ -237,12 +232,8 @@ impl Errors {
             source_moved: policy.source_moved.unwrap_or_default(),
             overwrite: policy.overwrite.unwrap_or_default(),
         };
-        let needs_memory = policy.overwrite == Overwrite::IfOwned || policy.source_moved == SourceMoved::Keep;
-        if needs_memory && images > MAX_OWNED {
-            let what = format!(
-                "overwrite IfOwned and sourceMoved Keep are for at most {MAX_OWNED} tags, and {images} are wanted: write several mirrors"
-            );
-            self.add("spec.policy", &what);
+        if let Some(what) = policy.too_many(images) {
+            self.add("spec.images", &what);
         }
         policy
     }
@@ -510,7 +501,7 @@ mod tests {
                     (0..100).map(|n| format!("'{n}'")).collect::<Vec<_>>().join(", ")
                 ),
                 "  policy: {overwrite: IfOwned}",
-                "at most 100 tags, and 101 are wanted",
+                "spec.images: 101 tags are wanted, at most 100 can be with policy.overwrite IfOwned",
             ),
             ("[{source: 'gcr.io/a:1'}]", "  interval: 5s", "spec.interval: 5s is too short"),
             ("[{source: 'gcr.io/a:1'}]", "  interval: soon", "is not a duration"),

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use testenv::{
     Tunnel,
     images::Image,
-    proxy::{Matcher, Proxy, Route},
+    proxy::{Action, Matcher, Proxy, Route},
 };
 
 use crate::support::{Place, condition, message};
@@ -64,7 +64,7 @@ async fn a_list_that_cannot_be_read_fails_its_images_alone_and_is_tried_again() 
     let source = Proxy::to(place.env, &place.env.source).start().await?;
     place.pull_secret("pull", &[source.registry()]).await?;
     let list = Matcher::new().method("GET").route(Route::Tags).repository(&place.repository("agent"));
-    source.rule(list, testenv::proxy::Action::respond(500));
+    source.rule(list, Action::respond(500));
     let _operator = place.operator()?;
     let mut spec = place.spec(source.registry(), &place.env.target, &[("agent", &[]), ("operator", &["1.0"])]);
     spec["images"][0] = json!({"source": spec["images"][0]["source"], "select": {"semver": "*"}});
@@ -94,6 +94,31 @@ async fn of_two_images_that_are_selected_for_one_tag_the_first_has_it() -> Resul
     let failure = status.failures.first().context("no failure")?;
     ensure!(failure.reason.as_str() == "Conflict" && failure.source.contains("/b/agent:2.0"), "{failure:?}");
     ensure!(place.holds(&place.env.target, "agent", "2.0", &image(2)).await?);
+    Ok(())
+}
+
+#[tokio::test]
+async fn of_too_many_tags_none_is_copied() -> Result<()> {
+    let place = Place::new("select-many").await?;
+    push_all(&place, "agent", &["1"]).await?;
+    let source = Proxy::to(place.env, &place.env.source).start().await?;
+    place.pull_secret("pull", &[source.registry()]).await?;
+    let tags: Vec<String> = (0..10_001).map(|n| format!("1.{n}.0")).collect();
+    let list = json!({"name": place.repository("agent"), "tags": tags}).to_string();
+    let lists = Matcher::new().method("GET").route(Route::Tags);
+    source.rule(lists, Action::respond(200).header("Content-Type", "application/json").body(list));
+    let _operator = place.operator()?;
+    let mut spec = place.spec(source.registry(), &place.env.target, &[("agent", &["1"])]);
+    spec["images"][0]["select"] = json!({"semver": "1.x"});
+    place.apply("m", &spec).await?;
+    let status = place.until_reason("m", "InvalidSpec").await?.status.unwrap_or_default();
+    ensure!(
+        message(&status, "Ready").contains("10002 tags are wanted, at most 10000"),
+        "{}",
+        message(&status, "Ready")
+    );
+    ensure!(condition(&status, "Stalled") == ("", ""), "what rules choose may be less tomorrow");
+    ensure!(place.digest_of(&place.env.target, "agent", "1").await?.is_none(), "one was copied");
     Ok(())
 }
 

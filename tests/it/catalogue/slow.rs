@@ -77,6 +77,8 @@ async fn slow_target(bench: Bench, times: u32) -> Result<()> {
     bench.target.rule(put.clone().times(times), throttled(15_000));
     let mut options = options();
     floor(&mut options.timing);
+    // What fills a buffer moves at once, and then nothing for long.
+    options.timing.idle = Duration::from_mins(2);
     let report = bench.copy_with(&Client::new(options), &bench.to).await?;
     if times == 1 {
         bench.copied(&report, &bench.to, &BIG).await?;

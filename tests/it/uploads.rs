@@ -6,6 +6,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use imagemirror::{
     copy::Referrers,
+    reason::Reason,
     registry::{Client, ClientOptions, HostOptions, Quirks, UploadStrategy},
 };
 use testenv::{
@@ -171,6 +172,65 @@ async fn an_upload_that_breaks_goes_on_where_it_broke() -> Result<()> {
             ensure!(reads.len() == 2 && reads[1].is_some() == is_continued, "{}: {reads:?}", what());
         }
     }
+    Ok(())
+}
+
+/// R17, R18: what the registry says it holds counts, and not what was sent.
+#[tokio::test]
+async fn an_upload_goes_on_from_what_the_registry_says_it_holds() -> Result<()> {
+    const CHUNK: u64 = 4 << 20;
+    let image = image(9 * MIB).await?;
+    let patch = || Matcher::new().method("PATCH").route(Route::Upload);
+    let status = || Matcher::new().method("GET").route(Route::Upload);
+    let refused = || vec![Do::DiscardRequestBody, Do::respond(416)];
+    let cut = || vec![Do::CutRequestBody { after: CHUNK / 2, close: Close::Fin }];
+    // How many sessions there are, and the most bytes that are sent.
+    for (case, rules, sessions, most) in [
+        ("416", vec![(patch().skip(1).times(1), refused())], 1, 13),
+        ("416 at the end", vec![(patch().skip(2).times(1), refused())], 1, 10),
+        ("416 at once", vec![(patch().times(1), refused())], 2, 13),
+        ("cut", vec![(patch().skip(1).times(1), cut())], 1, 11),
+        ("a Range that says nothing", vec![(patch().skip(1).times(1), cut()), (status(), vec![says("0-0")])], 2, 15),
+        ("no Range", vec![(patch().skip(1).times(1), cut()), (status(), vec![silent()])], 2, 15),
+        ("more than there is", vec![(patch().skip(1).times(1), cut()), (status(), vec![says("0-99999999")])], 2, 15),
+    ] {
+        for kind in [Distribution, Olareg] {
+            let upload = Upload::new(kind, &image).await?;
+            for (matcher, actions) in rules.clone() {
+                upload.proxy.rule(matcher, actions);
+            }
+            let quirks = Quirks { upload: UploadStrategy::Chunks(CHUNK), ..Quirks::default() };
+            let client = client_with(upload.proxy.registry(), quirks)?;
+            upload.copy(&client, &Env::get().open, "a").await.with_context(|| format!("{case}, {kind:?}"))?;
+            let large = &upload.large()?.digest;
+            let starts = upload.proxy.count(&Matcher::new().route(Route::UploadStart).reference(large));
+            let bytes: u64 = upload.sent()?.iter().map(|request| request.request_bytes).sum();
+            ensure!((starts, bytes <= most << 20) == (sessions, true), "{case}, {kind:?}: {starts}, {bytes}");
+        }
+    }
+    Ok(())
+}
+
+fn says(range: &str) -> Do {
+    Do::set_header("Range", range)
+}
+
+fn silent() -> Do {
+    Do::RemoveHeader("range".to_owned())
+}
+
+#[tokio::test]
+async fn an_upload_that_is_always_refused_ends() -> Result<()> {
+    let upload = Upload::new(Distribution, &image(9 * MIB).await?).await?;
+    let patch = Matcher::new().method("PATCH").route(Route::Upload);
+    upload.proxy.rule(patch.clone().skip(1), [Do::DiscardRequestBody, Do::respond(416)]);
+    let quirks = Quirks { upload: UploadStrategy::Chunks(4 << 20), ..Quirks::default() };
+    let copy = Direct::of(&format!("{}:1", upload.name), "a:1").referrers(Referrers::None);
+    let copy = copy.with(&client_with(upload.proxy.registry(), quirks)?);
+    let (reason, message) = copy.fails(&Env::get().open, upload.proxy.registry()).await?;
+    ensure!(reason == Reason::TargetUnavailable && message.contains("416"), "{reason}: {message}");
+    let starts = Matcher::new().route(Route::UploadStart).reference(&upload.large()?.digest);
+    ensure!(upload.proxy.count(&starts) <= 4 && upload.proxy.count(&patch) <= 12, "{:#?}", upload.sent()?);
     Ok(())
 }
 

@@ -159,7 +159,7 @@ impl Walk<'_> {
         } else {
             self.child(&Child::Manifest(entry.descriptor.clone()), depth + 1, false).await?;
         }
-        self.target.has_referrers_api(digest).await.map_err(CopyError::target)
+        self.target.lists_by_subject(digest).await.map_err(CopyError::target)
     }
 
     /// Lists an artifact that is copied for itself under its subject, where the target does not do so.
@@ -169,7 +169,7 @@ impl Walk<'_> {
         }
         let found = RawDescriptor::of_attached(manifest).map_err(|error| self.refused(&manifest.digest, error))?;
         let Some((subject, entry)) = found else { return Ok(()) };
-        if self.target.has_referrers_api(&subject).await.map_err(CopyError::target)? {
+        if self.target.lists_by_subject(&subject).await.map_err(CopyError::target)? {
             return Ok(());
         }
         self.list(&subject, &[&entry]).await
@@ -177,20 +177,21 @@ impl Walk<'_> {
 
     /// Lists entries under the fallback tag of `subject` at the target, beside those that are there.
     ///
-    /// No registry can compare and set: what another client writes between the reading and the writing is lost to it.
-    /// So it is read again until everything is there.
+    /// No registry can compare and set: what another client writes just before the writing is lost to it. So it is looked
+    /// at right before, and read again until everything is there.
     async fn list(&self, subject: &Digest, entries: &[&RawDescriptor]) -> Result<(), CopyError> {
         let text = tag_text(subject);
         let Ok(tag) = text.parse::<Tag>() else { return Ok(()) };
         let lock = self.run.fallback_lock(self.target, &text);
         let _alone = lock.lock().await;
         for _ in 0..MAX_ROUNDS {
-            let (mut index, media_type) = match self.target.manifest(&text).await {
+            let (mut index, media_type, read) = match self.target.manifest(&text).await {
                 Ok(manifest) => {
                     let index = RawIndex::parse(&manifest.bytes);
-                    (index.map_err(|error| self.refused(&manifest.digest, error))?, manifest.media_type)
+                    let index = index.map_err(|error| self.refused(&manifest.digest, error))?;
+                    (index, manifest.media_type, Some(manifest.digest))
                 }
-                Err(error) if error.is_not_found() => (RawIndex::empty(), media_type::OCI_INDEX.to_owned()),
+                Err(error) if error.is_not_found() => (RawIndex::empty(), media_type::OCI_INDEX.to_owned(), None),
                 Err(error) => return Err(CopyError::target(error)),
             };
             let listed: HashSet<Digest> = index.manifests.iter().map(|entry| entry.descriptor.digest.clone()).collect();
@@ -201,7 +202,10 @@ impl Walk<'_> {
             index.manifests.extend(missing.into_iter().map(|entry| (*entry).clone()));
             let manifest = index.to_manifest(&media_type, &Digest::sha256(b""));
             let manifest = manifest.map_err(|error| self.refused(subject, error))?;
-            self.put_tag(&tag, &manifest).await?;
+            // Reading may have taken long: what has come since is not overwritten.
+            if self.target.head(&text).await.map_err(CopyError::target)? == read {
+                self.put_tag(&tag, &manifest).await?;
+            }
         }
         let what = format!("what is attached to {subject} does not stay listed at {}", self.target.place());
         Err(CopyError::Contended(format!("{what}: another client writes the tag {tag} too")))

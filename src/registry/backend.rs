@@ -131,9 +131,9 @@ impl Target {
 
     /// Whether what has a subject is found by it without being listed under a tag. Asks for what is attached to
     /// `digest` where nothing is known yet.
-    pub async fn has_referrers_api(&self, digest: &Digest) -> Result<bool, Error> {
+    pub async fn lists_by_subject(&self, digest: &Digest) -> Result<bool, Error> {
         match self {
-            Self::Registry(repository) => repository.has_referrers_api(digest).await,
+            Self::Registry(repository) => repository.lists_by_subject(digest).await,
             Self::Layout(_) => Ok(false),
         }
     }

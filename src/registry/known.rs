@@ -25,6 +25,10 @@ pub(super) struct Known {
     /// The referrers API is there, or is not; `None` as long as nobody has asked.
     referrers: Mutex<Option<bool>>,
     first_referrers: AsyncMutex<()>,
+    /// Somebody has said so who should know.
+    is_told: bool,
+    /// It did not say of what it took that it lists it under its subject.
+    ignores_subjects: AtomicBool,
 }
 
 impl Known {
@@ -38,6 +42,8 @@ impl Known {
             resumes: AtomicBool::new(quirks.resumes_uploads),
             referrers: Mutex::new(quirks.referrers_api),
             first_referrers: AsyncMutex::default(),
+            is_told: quirks.referrers_api.is_some(),
+            ignores_subjects: AtomicBool::new(false),
         }
     }
 
@@ -134,6 +140,19 @@ impl Known {
     /// There is a referrers API, or there is none.
     pub(super) fn learn_referrers_api(&self, exists: bool) {
         *self.referrers.lock().unwrap_or_else(PoisonError::into_inner) = Some(exists);
+    }
+
+    /// The registry has taken something that has a subject, and lists it under that or does not say so. An API that
+    /// answers is not enough: what it does not list has to be found by a tag (distribution-spec, "Pushing Manifests with
+    /// Subject").
+    pub(super) fn took_with_subject(&self, is_listed: bool) {
+        self.referrers.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(is_listed);
+        self.ignores_subjects.store(!is_listed && !self.is_told, Ordering::Relaxed);
+    }
+
+    /// Whether the registry did not say of what it took last that it lists it under its subject.
+    pub(super) fn ignores_subjects(&self) -> bool {
+        self.ignores_subjects.load(Ordering::Relaxed)
     }
 
     fn asked(&self) -> MutexGuard<'_, Option<Vec<Challenge>>> {

@@ -7,7 +7,10 @@ use http::{
     HeaderValue, Method,
     header::{ACCEPT, CONTENT_TYPE},
 };
-use serde::{Deserialize, de::DeserializeOwned};
+use serde::{
+    Deserialize,
+    de::{DeserializeOwned, IgnoredAny},
+};
 use url::Url;
 
 use super::{
@@ -22,6 +25,10 @@ use crate::oci::{Digest, RawDescriptor, RawIndex, Tag, media_type};
 const MAX_PAGE: u64 = 4 << 20;
 /// More pages than any list has that ends.
 pub const MAX_PAGES: usize = 1000;
+/// A list is read this far, over all its pages.
+const MAX_LIST: u64 = 16 << 20;
+/// Tags of a repository, likewise: short ones take more room than their text.
+const MAX_TAGS: usize = 100_000;
 /// What registries give at most at a time.
 const PAGE_SIZE: &str = "1000";
 
@@ -39,7 +46,14 @@ pub struct TagList {
 #[derive(Deserialize)]
 struct TagPage {
     // Some registries write null for a repository without tags.
-    tags: Option<Vec<String>>,
+    tags: Option<Vec<TagEntry>>,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum TagEntry {
+    Text(String),
+    Other(IgnoredAny),
 }
 
 impl Repository {
@@ -50,14 +64,23 @@ impl Repository {
         let request = Request::new(Step::ListTags, Method::GET, url, self.name().as_str());
         let mut list = TagList::default();
         let take = |page: TagPage| {
-            for tag in page.tags.unwrap_or_default() {
-                match tag.parse() {
-                    Ok(tag) => list.tags.push(tag),
-                    Err(_) => list.malformed += 1,
+            for entry in page.tags.unwrap_or_default() {
+                let tag = match entry {
+                    TagEntry::Text(text) => text.parse().ok(),
+                    TagEntry::Other(IgnoredAny) => None,
+                };
+                match tag {
+                    Some(tag) => list.tags.push(tag),
+                    None => list.malformed += 1,
                 }
             }
+            list.tags.len() <= MAX_TAGS
         };
         list.is_complete = self.pages(request, max_pages, take).await?;
+        if list.malformed > 0 {
+            let repository = self.place_name();
+            tracing::warn!(repository, count = list.malformed, "tags that break the grammar of tags are left out");
+        }
         Ok(list)
     }
 
@@ -74,12 +97,17 @@ impl Repository {
         request.headers.insert(ACCEPT, HeaderValue::from_static(media_type::OCI_INDEX));
         let mut found = Vec::new();
         let mut malformed = None;
-        let take = |page: Box<serde_json::value::RawValue>| match RawIndex::parse(page.get().as_bytes()) {
-            Ok(index) => found.extend(index.manifests),
-            Err(error) => malformed = Some(error),
+        let take = |page: Box<serde_json::value::RawValue>| {
+            match RawIndex::parse(page.get().as_bytes()) {
+                Ok(index) => found.extend(index.manifests),
+                Err(error) => malformed = Some(error),
+            }
+            malformed.is_none()
         };
         match self.pages(request.clone(), MAX_PAGES, take).await {
-            Ok(_) => {}
+            Ok(true) => {}
+            Ok(false) if malformed.is_some() => {}
+            Ok(false) => return Err(self.error(ErrorKind::TooLarge(MAX_LIST), &request)),
             // Registries without the API answer what they answer for any path they do not know. Another answer of this
             // kind may have come first.
             Err(error) if is_no_api(&error) && known.referrers_api() != Some(true) => {
@@ -97,26 +125,29 @@ impl Repository {
         Ok(Some(found))
     }
 
-    /// Reads page after page, each at the registry itself. True if there are no more than were read.
+    /// Reads page after page, each at the registry itself, as long as whoever takes them wants more. True if there are no
+    /// more than were read.
     async fn pages<T: DeserializeOwned>(
         &self,
         mut request: Request,
         max_pages: usize,
-        mut take: impl FnMut(T),
+        mut take: impl FnMut(T) -> bool,
     ) -> Result<bool, Error> {
         let mut seen: HashSet<Url> = HashSet::new();
+        let mut bytes = 0;
         loop {
             let (headers, body) = self.fetch(&request, MAX_PAGE).await?;
             let page = serde_json::from_slice(&body).map_err(|error| {
                 let found = headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or("no type");
                 self.error(ErrorKind::Malformed(format!("a page of {found}")), &request).caused_by(error)
             })?;
-            take(page);
+            bytes += body.len() as u64;
+            let is_enough = !take(page) || bytes > MAX_LIST;
             let next = header::next_page(&headers, &request.url)
                 .map_err(|host| self.error(ErrorKind::LinkRefused(host), &request))?;
             seen.insert(request.url.clone());
             let Some(next) = next else { return Ok(true) };
-            if seen.len() >= max_pages {
+            if is_enough || seen.len() >= max_pages {
                 return Ok(false);
             }
             if seen.contains(&next) {

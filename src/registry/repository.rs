@@ -209,8 +209,8 @@ impl Repository {
             let what = "the registry stored the manifest under another digest".to_owned();
             return Err(self.error(ErrorKind::Integrity(what), &request));
         }
-        if self.known().referrers_api().is_none() && manifest.has_subject() {
-            self.known().learn_referrers_api(lists_by_subject(response.inner.headers()));
+        if manifest.has_subject() {
+            self.known().took_with_subject(lists_by_subject(response.inner.headers()));
         }
         Ok(())
     }
@@ -222,6 +222,11 @@ impl Repository {
             Some(exists) => Ok(exists),
             None => Ok(self.referrers(digest).await?.is_some()),
         }
+    }
+
+    /// Whether what has a subject is listed under it by the registry itself.
+    pub(super) async fn lists_by_subject(&self, digest: &Digest) -> Result<bool, Error> {
+        Ok(!self.known().ignores_subjects() && self.has_referrers_api(digest).await?)
     }
 
     /// Moves a tag. The write ends, one way or the other, within [`Timing::tag_write`](super::Timing::tag_write): if no answer comes in that

@@ -212,6 +212,75 @@ async fn an_entry_that_another_client_overwrites_is_written_again() -> Result<()
 }
 
 #[tokio::test]
+async fn an_entry_that_another_client_writes_after_we_have_read_is_not_overwritten() -> Result<()> {
+    let (source, target) = pair(Olareg, Distribution).await?;
+    let image = Image::single(135, &[300]);
+    let [ours, first, second] = [136, 137, 138].map(|number| Image::referrer(&image.root, number, SBOM));
+    client_of(source.registry())?.push("a", "1", &image).await?;
+    attach(source.registry(), true, "a", &image.root, &[&ours]).await?;
+    let proxy = Proxy::to(Env::get(), target.registry()).start().await?;
+    let tag = fallback_tag(&image.root);
+    let (read, gates) =
+        (Matcher::new().method("GET").route(Route::Manifest).reference(&tag), [Gate::new(), Gate::new()]);
+    for gate in &gates {
+        proxy.rule(read.clone().times(1), Do::GateAnswer(gate.clone()));
+    }
+    let sync = Direct::of("a:1", "a:1");
+    let others = async {
+        // The second has read what the first wrote.
+        for (gate, theirs) in gates.iter().zip([&[&first][..], &[&first, &second]]) {
+            gate.arrived(1).await?;
+            attach(target.registry(), false, "a", &image.root, theirs).await?;
+            gate.open();
+        }
+        Ok::<_, anyhow::Error>(())
+    };
+    let (report, others) = tokio::join!(sync.done(source.registry(), proxy.registry()), others);
+    others?;
+    report?;
+    let entries = listed(target.registry(), false, "a", &image.root).await?;
+    let are_listed = [&ours, &first, &second].iter().all(|referrer| is_listed(&entries, referrer));
+    ensure!(are_listed && entries.len() == 3, "{entries:?}");
+    ensure!(proxy.count(&Matcher::new().method("PUT").route(Route::Manifest).reference(&tag)) == 1);
+    Ok(())
+}
+
+#[tokio::test]
+async fn an_entry_that_never_stays_is_given_up() -> Result<()> {
+    let (source, target) = pair(Olareg, Distribution).await?;
+    let image = Image::single(185, &[300]);
+    client_of(source.registry())?.push("a", "1", &image).await?;
+    attach(source.registry(), true, "a", &image.root, &[&Image::referrer(&image.root, 186, SBOM)]).await?;
+    let proxy = Proxy::to(Env::get(), target.registry()).start().await?;
+    let tag = fallback_tag(&image.root);
+    // As if another client took it out each time.
+    for method in ["GET", "HEAD"] {
+        proxy.rule(Matcher::new().method(method).route(Route::Manifest).reference(&tag), Do::respond(404));
+    }
+    let (reason, message) = Direct::of("a:1", "a:1").fails(source.registry(), proxy.registry()).await?;
+    ensure!(reason == Reason::Conflict && message.contains(&tag), "{reason}: {message}");
+    ensure!(proxy.count(&Matcher::new().method("PUT").route(Route::Manifest).reference(&tag)) == 5);
+    Ok(())
+}
+
+#[tokio::test]
+async fn what_a_registry_does_not_say_that_it_lists_is_listed_under_a_tag() -> Result<()> {
+    let (source, target) = pair(Olareg, Distribution).await?;
+    let attached = Attached::new(187);
+    attached.push(source.registry(), true, "a").await?;
+    // It answers as if it had the API, and of what it takes it does not say that it lists it.
+    let proxy = Proxy::to(Env::get(), target.registry()).start().await?;
+    let nothing = Do::respond(200).header("Content-Type", OCI_INDEX).body(Image::index_of(&[]).root.bytes);
+    proxy.rule(Matcher::new().route(Route::Referrers), nothing);
+    let client = crate::cases::client();
+    let known = Image::single(191, &[300]);
+    client_of(target.registry())?.push("known", "1", &known).await?;
+    Direct::of("known:1", "known:1").with(&client).done(proxy.registry(), source.registry()).await?;
+    Direct::of("a:1", "a:1").with(&client).done(source.registry(), proxy.registry()).await?;
+    attached.check(target.registry(), false, "a").await
+}
+
+#[tokio::test]
 async fn two_images_of_one_digest_at_once_lose_nothing_that_is_attached() -> Result<()> {
     let (source, target) = pair(Olareg, Distribution).await?;
     let image = Image::single(140, &[300]);
@@ -359,6 +428,23 @@ async fn more_than_any_image_has_attached_is_refused() -> Result<()> {
     let name_and_tag = format!("{name}:1");
     let failure = Direct::of(&name_and_tag, &name_and_tag).fails(proxy.registry(), target.registry()).await?;
     ensure!(failure.0 == Reason::ManifestRefused && failure.1.contains("more than 1000"), "{failure:?}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_list_of_referrers_that_does_not_end_is_left() -> Result<()> {
+    let (source, target) = pair(Olareg, Distribution).await?;
+    client_of(source.registry())?.push("a", "1", &Image::single(182, &[300])).await?;
+    let proxy = Proxy::to(Env::get(), source.registry()).start().await?;
+    let referrers = Matcher::new().route(Route::Referrers);
+    let page = [vec![b' '; 3 << 20], Image::index_of(&[]).root.bytes.to_vec()].concat();
+    for number in 0..9 {
+        let next = format!("<?page={number}>; rel=\"next\"");
+        proxy.rule(referrers.clone().times(1), Do::respond(200).header("Link", &next).body(page.clone()));
+    }
+    let (reason, message) = Direct::of("a:1", "a:1").fails(proxy.registry(), target.registry()).await?;
+    ensure!(reason == Reason::SourceUnavailable && message.contains("larger than"), "{reason}: {message}");
+    ensure!(proxy.count(&referrers) == 6, "{} pages were read", proxy.count(&referrers));
     Ok(())
 }
 

@@ -1,9 +1,15 @@
 //! What it costs to find that a tag is there, where many are wanted, and where a digest is pinned.
 
-use anyhow::{Context as _, Result, ensure};
-use imagemirror::{copy::Referrers, plan::Action};
+use anyhow::{Context as _, Result, bail, ensure};
+use bytes::Bytes;
+use imagemirror::{
+    copy::Referrers,
+    plan::Action,
+    registry::{Error, Repository, Source, TagList},
+};
+use serde_json::{Value, json};
 use testenv::{
-    Env, Image, Proxy,
+    Env, Image, Proxy, Trap,
     proxy::{Action as Do, Matcher, Route},
     registry::Kind::{Distribution, Olareg},
 };
@@ -78,6 +84,77 @@ async fn tags_that_cannot_be_listed_are_asked_for_one_by_one() -> Result<()> {
         tags(&name, case, 10)?.done(&env.open, proxy.registry()).await.context(case)?;
         let heads = proxy.count(&Matcher::new().method("HEAD").route(Route::Manifest));
         ensure!(heads == 10, "{case}: {heads}");
+    }
+    Ok(())
+}
+
+/// The tags of a repository whose registry answers with these pages, each with a `Link` to what comes next, as far as they
+/// are read; and how often it was asked.
+async fn listed(pages: Vec<(impl Into<Bytes>, &str)>, max_pages: usize) -> Result<(Result<TagList, Error>, usize)> {
+    let (env, list) = (Env::get(), Matcher::new().route(Route::Tags));
+    let proxy = Proxy::to(env, &env.open).start().await?;
+    for (body, next) in pages {
+        let mut page = Do::respond(200).body(body);
+        if !next.is_empty() {
+            page = page.header("Link", &format!("<{next}>; rel=\"next\""));
+        }
+        proxy.rule(list.clone().times(1), page);
+    }
+    proxy.rule(list.clone(), Do::respond(500));
+    let access = crate::cases::access(env, proxy.registry())?;
+    let repository = Repository::for_pull(&crate::cases::client(), &access, "a".parse()?)?;
+    let tags = Source::Registry(repository).tags(max_pages).await;
+    Ok((tags, proxy.count(&list)))
+}
+
+#[tokio::test]
+async fn a_list_of_tags_is_read_as_far_as_it_makes_sense() -> Result<()> {
+    let other = Trap::start(Env::get(), false).await?;
+    let page = |tags: Value| json!({ "name": "a", "tags": tags }).to_string();
+    let (none, one, long) = (page(json!(null)), page(json!(["1"])), "x".repeat(129));
+    let odd = page(json!(["b", "", "a b", "../x", "-x", long, null, 7, ["c"], {}, "a"]));
+    let many = page((0..60_000).map(|number| number.to_string()).collect());
+    let blank = |len: usize| format!("{}{}", " ".repeat(len), one);
+    // What is found: the tags, whether these are all, and how many are none.
+    let found = |tags: &[&str], is_complete, malformed| {
+        let tags: Vec<String> = tags.iter().map(ToString::to_string).collect();
+        Some((tags, is_complete, malformed))
+    };
+    for (case, pages, max_pages, asked, expected) in [
+        ("null", vec![(none, "")], 9, 1, found(&[], true, 0)),
+        ("none", vec![("{}".to_owned(), "")], 9, 1, found(&[], true, 0)),
+        ("odd", vec![(odd, "")], 9, 1, found(&["b", "a"], true, 9)),
+        ("pages", vec![(one.clone(), "?p=2"), (page(json!(["0"])), "")], 9, 2, found(&["1", "0"], true, 0)),
+        ("short of them", vec![(one.clone(), "?p=2"), (one.clone(), "?p=3")], 2, 2, found(&["1", "1"], false, 0)),
+        ("the same page", vec![(one.clone(), "?p=2"), (one.clone(), "?p=2")], 9, 2, None),
+        ("back to the first", vec![(one.clone(), "?p=2"), (one.clone(), "list?n=1000")], 9, 2, None),
+        ("elsewhere", vec![(one.clone(), &*other.url())], 9, 1, None),
+        ("a page that is large", vec![(blank(3 << 20), "")], 9, 1, found(&["1"], true, 0)),
+        ("a page that is too large", vec![(blank(4 << 20), "")], 9, 1, None),
+        ("no list", vec![("[]".to_owned(), "")], 9, 1, None),
+    ] {
+        let (list, count) = listed(pages, max_pages).await?;
+        ensure!(count == asked, "{case}: {count}");
+        match (list, expected) {
+            (Ok(list), Some(expected)) => {
+                let tags: Vec<String> = list.tags.iter().map(ToString::to_string).collect();
+                ensure!(
+                    (&tags, list.is_complete, list.malformed) == (&expected.0, expected.1, expected.2),
+                    "{case}: {tags:?}"
+                );
+            }
+            (Err(error), None) => ensure!(!error.is_retryable(), "{case}: {error}"),
+            (list, _) => bail!("{case}: {list:?}"),
+        }
+    }
+    ensure!(other.connections() == 0, "the other host was asked");
+
+    // Nobody has so many, and a list that does not end takes no more memory than one that does.
+    for (case, page, most) in [("tags", many, 2), ("bytes", blank(3 << 20), 6)] {
+        let pages: Vec<_> = (0..9).map(|number| (page.clone(), format!("?p={number}"))).collect();
+        let pages = pages.iter().map(|(page, next)| (page.clone(), next.as_str())).collect();
+        let (list, count) = listed(pages, 1000).await?;
+        ensure!(!list?.is_complete && count == most, "{case}: {count} pages were read");
     }
     Ok(())
 }

@@ -46,6 +46,8 @@ pub enum Reason {
     QuotaExceeded,
     /// The target refuses to move a tag that has another digest.
     TagImmutable,
+    /// The target tag has a digest that was not written here, and it stays.
+    TargetChanged,
     /// Two images or two mirrors want one target tag.
     Conflict,
     /// The image is for none of the platforms that are to be kept.
@@ -100,6 +102,7 @@ impl Reason {
             Self::RateLimited => "RateLimited",
             Self::QuotaExceeded => "QuotaExceeded",
             Self::TagImmutable => "TagImmutable",
+            Self::TargetChanged => "TargetChanged",
             Self::Conflict => "Conflict",
             Self::PlatformMissing => "PlatformMissing",
             Self::CertificateInvalid => "CertificateInvalid",
@@ -127,6 +130,7 @@ impl Reason {
             | Self::RateLimited
             | Self::Timeout
             | Self::InternalError
+            | Self::Conflict
             | Self::Progressing
             | Self::ProgressingWithRetry => Retry::Transient,
             Self::Succeeded
@@ -137,7 +141,7 @@ impl Reason {
             | Self::RepositoryMissing
             | Self::QuotaExceeded
             | Self::TagImmutable
-            | Self::Conflict
+            | Self::TargetChanged
             | Self::PlatformMissing
             | Self::Blocked
             | Self::IntegrityError

@@ -4,11 +4,16 @@
 //! registries are reached and with which credentials is a separate argument ([`Registries`]), so that requests and
 //! reports can be stored and sent without a secret in them. One failed image never stops another.
 
+mod choose;
 mod handles;
 mod image;
+mod preview;
+
+pub use choose::{MAX_IMAGES, SelectionRequest, choose};
+pub use preview::{ImagePreview, Preview, preview};
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     sync::Arc,
     time::Duration,
 };
@@ -22,7 +27,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     copy::{CopyOptions, Fence, Progress, Run, Totals},
     oci::{Digest, Host, PlatformFilter, Reference, RepositoryName, Tag},
-    plan::Action,
+    plan::{Action, Policy},
     reason::Reason,
     registry::{Access, Client, Layout},
 };
@@ -38,10 +43,14 @@ const IMAGES_AT_ONCE: usize = 64;
 pub struct SyncRequest {
     /// The images, one for each target tag.
     pub images: Vec<ImageRequest>,
+    /// Repositories whose tags could not be chosen from.
+    pub unknown: Vec<Unknown>,
     /// How long the whole run may take.
     pub timeout: Duration,
     /// What is copied beside the images themselves.
     pub options: CopyOptions,
+    /// What to do where there is a choice.
+    pub policy: Policy,
     /// Whether what is attached is looked at also where the image itself has not changed.
     pub looks_at_attached: bool,
 }
@@ -60,8 +69,22 @@ pub struct ImageRequest {
     pub platforms: Vec<PlatformFilter>,
     /// How it was after the last run, as far as that is known.
     pub last: Option<Last>,
+    /// The tag was restored so often of late from what others wrote there that it is left to them.
+    pub is_contested: bool,
     /// Why this image fails without a request, such as a missing Secret.
     pub blocked: Option<Failure>,
+}
+
+/// A repository whose images are not known, because its tags could not be chosen from.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Unknown {
+    /// The source, without a tag.
+    pub source: String,
+    /// The target, without a tag.
+    pub target: String,
+    /// Why.
+    pub failure: Failure,
 }
 
 /// How an image was after a run.
@@ -160,6 +183,8 @@ pub struct ImageReport {
     pub source_digest: Option<Digest>,
     /// What had to be done.
     pub action: Option<Action>,
+    /// The digest that the target tag had, where it was written or left.
+    pub replaced: Option<Digest>,
     /// Why it is not in step.
     pub failure: Option<Failure>,
     /// Whether this run looked at it; else what is said here is from an earlier one.
@@ -190,7 +215,12 @@ impl Failure {
 }
 
 impl SyncReport {
-    /// The images that are not in step.
+    /// The images whose target tag has a digest that the policy leaves.
+    pub fn left(&self) -> impl Iterator<Item = &ImageReport> {
+        self.images.iter().filter(|image| image.action == Some(Action::Leave))
+    }
+
+    /// The images that failed.
     pub fn failed(&self) -> impl Iterator<Item = (&ImageReport, &Failure)> {
         self.images.iter().filter_map(|image| image.failure.as_ref().map(|failure| (image, failure)))
     }
@@ -242,7 +272,8 @@ pub async fn sync(
     run.clean_up().await;
     let mut images = images?;
     images.sort_by_key(|(number, _)| *number);
-    let images = images.into_iter().map(|(_, report)| report).collect();
+    let images = images.into_iter().map(|(_, report)| report);
+    let images = images.chain(request.unknown.iter().map(ImageReport::of_unknown)).collect();
     Some(SyncReport { started_at, finished_at: Timestamp::now(), images, totals: run.totals() })
 }
 
@@ -258,21 +289,20 @@ async fn image_report(
         Some(failure) => Err(failure.clone()),
         None => match timeout_at(deadline, sync_image(run, request, image, handles)).await {
             Ok(outcome) => outcome.map_err(ImageError::into_failure),
-            Err(_) => {
-                let whole = request.timeout.as_secs();
-                let message = format!("the run took longer than spec.timeout ({whole}s)");
-                Err(Failure { reason: Reason::Timeout, message })
-            }
+            Err(_) => Err(out_of_time(request)),
         },
     };
     match outcome {
-        Ok(Outcome { digest, source_digest, action }) => {
+        Ok(Outcome { digest, source_digest, action, replaced }) => {
             if action != Action::Unchanged {
-                tracing::info!(source = %report.source, tag = %report.tag, target = %report.target, %digest, ?action, "image copied");
+                let what = if action.writes() { "image copied" } else { "image left as it is" };
+                tracing::info!(source = %report.source, tag = %report.tag, target = %report.target, %digest, ?action, "{what}");
             }
-            report.digest = Some(digest);
+            // Where the target is left with another digest, nothing is known of it.
+            report.digest = (action != Action::Leave).then_some(digest);
             report.source_digest = Some(source_digest);
             report.action = Some(action);
+            report.replaced = replaced;
         }
         Err(failure) => {
             tracing::warn!(
@@ -285,19 +315,48 @@ async fn image_report(
     report
 }
 
+fn out_of_time(request: &SyncRequest) -> Failure {
+    let message = format!("the run took longer than spec.timeout ({}s)", request.timeout.as_secs());
+    Failure { reason: Reason::Timeout, message }
+}
+
 impl SyncReport {
-    /// This report of some of the images, completed by an earlier one of all of them.
+    /// This report of some of the images, completed by an earlier one of all of them. `due` are those, by their targets,
+    /// that it was about: what is not found again among them is wanted no more.
     #[must_use]
-    pub fn completing(mut self, earlier: &Self) -> Self {
-        let mut news: HashMap<String, ImageReport> =
-            std::mem::take(&mut self.images).into_iter().map(|image| (image.target.clone(), image)).collect();
-        let merged = earlier.images.iter().map(|image| news.remove(&image.target).unwrap_or_else(|| image.unchanged()));
-        self.images = merged.collect();
+    pub fn completing(mut self, earlier: &Self, due: &BTreeSet<String>) -> Self {
+        let mut news: HashMap<_, ImageReport> =
+            std::mem::take(&mut self.images).into_iter().map(|image| (image.key(), image)).collect();
+        for image in &earlier.images {
+            match news.remove(&image.key()) {
+                Some(image) => self.images.push(image),
+                None if due.contains(&image.target) => {}
+                None => self.images.push(image.unchanged()),
+            }
+        }
+        let mut found: Vec<ImageReport> = news.into_values().collect();
+        found.sort_by(|a, b| a.target.cmp(&b.target));
+        self.images.extend(found);
         self
     }
 }
 
 impl ImageReport {
+    /// The source with its tag or digest, as people write it.
+    #[must_use]
+    pub fn name(&self) -> String {
+        match self.tag.as_str() {
+            "" => self.source.clone(),
+            digest if digest.contains(':') => format!("{}@{digest}", self.source),
+            tag => format!("{}:{tag}", self.source),
+        }
+    }
+
+    /// What tells images of one report apart: two may want one target tag.
+    fn key(&self) -> [String; 3] {
+        [self.target.clone(), self.source.clone(), self.tag.clone()]
+    }
+
     /// Of an image that nothing is known of yet.
     #[must_use]
     pub fn of(image: &ImageRequest, destination: &Destination) -> Self {
@@ -309,14 +368,37 @@ impl ImageReport {
             digest: None,
             source_digest: None,
             action: None,
+            replaced: None,
             failure: None,
+            is_news: true,
+        }
+    }
+
+    fn of_unknown(unknown: &Unknown) -> Self {
+        tracing::warn!(
+            source = %unknown.source, target = %unknown.target,
+            reason = %unknown.failure.reason, message = %unknown.failure.message, "tags cannot be chosen"
+        );
+        Self {
+            source: unknown.source.clone(),
+            tag: String::new(),
+            target: unknown.target.clone(),
+            digest: None,
+            source_digest: None,
+            action: None,
+            replaced: None,
+            failure: Some(unknown.failure.clone()),
             is_news: true,
         }
     }
 
     /// The same image in a run that did not look at it.
     fn unchanged(&self) -> Self {
-        Self { action: self.action.map(|_| Action::Unchanged), is_news: false, ..self.clone() }
+        Self {
+            action: self.action.map(|action| if action.writes() { Action::Unchanged } else { action }),
+            is_news: false,
+            ..self.clone()
+        }
     }
 }
 
@@ -333,6 +415,7 @@ mod tests {
             digest: None,
             source_digest: None,
             action: (!failed).then_some(Action::Copy),
+            replaced: None,
             failure,
             is_news: true,
         }
@@ -349,9 +432,12 @@ mod tests {
 
     #[test]
     fn a_report_of_some_images_is_completed_by_an_earlier_one() {
-        let whole = report(&[("b", false)]).completing(&report(&[("a", false), ("b", true), ("c", true)]));
+        let due = ["b".to_owned(), "d".to_owned()].into();
+        let earlier = report(&[("a", false), ("b", true), ("c", true), ("d", true)]);
+        let whole = report(&[("b", false), ("d:2", false), ("d:1", false)]).completing(&earlier, &due);
         let targets: Vec<_> = whole.images.iter().map(|image| (image.target.as_str(), image.action)).collect();
-        assert_eq!(targets, [("a", Some(Action::Unchanged)), ("b", Some(Action::Copy)), ("c", None)]);
+        let (copied, unchanged) = (Some(Action::Copy), Some(Action::Unchanged));
+        assert_eq!(targets, [("a", unchanged), ("b", copied), ("c", None), ("d:1", copied), ("d:2", copied)]);
         assert_eq!(whole.failed().count(), 1);
     }
 }

@@ -11,7 +11,13 @@ use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Deserializer, Serialize, de::DeserializeOwned};
 
-use crate::{copy::ForeignLayers, oci::Digest, reason::Reason};
+use crate::{
+    copy::ForeignLayers,
+    oci::Digest,
+    plan::{Overwrite, SourceMoved},
+    reason::Reason,
+    select::SortBy,
+};
 
 /// A duration such as `90s`, `1h` or `1h30m`.
 const DURATION: &str = r"^([0-9]+(\.[0-9]+)?(ms|s|m|h))+$";
@@ -27,6 +33,12 @@ const TEMPLATE: &str = r"^([a-z0-9._/-]|\{(registry|repository|parent|name)\})+$
 const PLATFORM: &str = r"^[a-z0-9]{1,32}/[a-z0-9]{1,32}(/[a-z0-9]{1,32})?$";
 /// A media type (RFC 6838).
 const MEDIA_TYPE: &str = r"^[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]{0,126}/[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]{0,126}$";
+/// Five cron fields.
+const CRON: &str = r"^[0-9A-Za-z*/,-]+( [0-9A-Za-z*/,-]+){4}$";
+/// The IANA name of a time zone.
+const ZONE: &str = r"^[A-Za-z0-9_+-]+(/[A-Za-z0-9_+-]+)*$";
+/// A range of versions as node-semver writes it.
+const RANGE: &str = r"^[0-9A-Za-z .*<>=~^|+-]+$";
 /// The name of a Secret or `ServiceAccount`.
 const OBJECT_NAME: &str = r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$";
 
@@ -52,6 +64,10 @@ const OBJECT_NAME: &str = r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$";
     printcolumn(name = "Message", type_ = "string", json_path = r#".status.conditions[?(@.type=="Ready")].message"#, priority = 1),
     printcolumn(name = "Suspended", type_ = "boolean", json_path = ".spec.suspend", priority = 1),
     validation = Rule::new("self.metadata.name.size() <= 52").message("metadata.name must be at most 52 characters")
+)]
+#[x_kube(
+    validation = Rule::new("!has(self.schedule) || !has(self.interval)").message("schedule and interval exclude each other: remove one of them"),
+    validation = Rule::new("!has(self.timeZone) || has(self.schedule)").message("timeZone goes with schedule: write a schedule, or remove timeZone")
 )]
 #[serde(rename_all = "camelCase")]
 pub struct ImageMirrorSpec {
@@ -83,6 +99,16 @@ pub struct ImageMirrorSpec {
     #[schemars(length(max = 32), regex(pattern = DURATION))]
     #[x_kube(validation = Rule::new("duration(self) >= duration('30s')").message("interval must be at least 30s, for example 1h"))]
     pub interval: Option<String>,
+    /// When everything is compared again, in place of interval: five cron fields, minute, hour, day of month, month, day of
+    /// week. A new spec is carried out at once all the same; what was missed while the operator was down happens once.
+    /// Example: `0 3 * * 1-5`. When absent: interval.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 100), regex(pattern = CRON))]
+    pub schedule: Option<String>,
+    /// The IANA time zone of schedule. Example: `Europe/Berlin`. When absent: UTC.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 64), regex(pattern = ZONE))]
+    pub time_zone: Option<String>,
     /// Start no more runs; one that is running ends by itself. When absent: false.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub suspend: Option<bool>,
@@ -106,7 +132,9 @@ pub struct ImageMirrorSpec {
 #[x_kube(
     validation = Rule::new("!has(self.tags) || !self.source.contains('@')").message("source has a digest: remove tags; write targetTags for the tags to write at the target"),
     validation = Rule::new("!has(self.tags) || !self.source.matches('^[^@]*:[^/@]+(@|$)')").message("source has a tag: write tags either in source or in tags, not in both"),
-    validation = Rule::new("has(self.tags) || self.source.contains('@') || self.source.matches('^[^@]*:[^/@]+(@|$)')").message("name what to mirror: add a tag to source, as in registry.example.com/app:1.0, or list tags"),
+    validation = Rule::new("has(self.tags) || has(self.select) || self.source.contains('@') || self.source.matches('^[^@]*:[^/@]+(@|$)')").message("name what to mirror: add a tag to source, as in registry.example.com/app:1.0, or list tags, or select them by rule"),
+    validation = Rule::new("!has(self.select) || !(self.source.contains('@') || self.source.matches('^[^@]*:[^/@]+(@|$)'))").message("source has a tag or a digest: select chooses among the tags of a repository, so write source without one"),
+    validation = Rule::new("!has(self.select) || !has(self.targetTags)").message("select keeps the tags of the source: remove targetTags"),
     validation = Rule::new("!self.source.contains('@') || self.source.matches('^[^@]*:[^/@]+(@|$)') || has(self.targetTags)").message("source has a digest and no tag: write targetTags, the tags to write at the target"),
     validation = Rule::new("!has(self.targetTags) || !has(self.tags) || self.tags.size() == 1").message("targetTags is for a source with one tag or a digest: list one tag, or remove targetTags")
 )]
@@ -121,6 +149,9 @@ pub struct Image {
     #[schemars(length(min = 1, max = 100), inner(regex(pattern = TAG)))]
     #[x_kube(merge_strategy = ListMerge::Set)]
     pub tags: Vec<String>,
+    /// Tags to mirror by rule; may stand beside tags. Example: `{semver: ">=7.60 <8", limit: 5}`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub select: Option<Select>,
     /// The repository at the target for this image; a template as target.repository is. When absent:
     /// target.repository.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -138,6 +169,48 @@ pub struct Image {
     #[schemars(length(min = 1, max = 20), inner(regex(pattern = PLATFORM)))]
     #[x_kube(merge_strategy = ListMerge::Set)]
     pub platforms: Vec<String>,
+}
+
+/// Tags by rule, in this order: pattern, extract, exclude, semver, sortBy, limit. Tags that are made of a digest, such as
+/// `sha256-…`, are never selected.
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
+#[serde(rename_all = "camelCase")]
+#[x_kube(
+    validation = Rule::new("has(self.pattern) || has(self.semver)").message("write a pattern or a semver range; all tags is pattern '.*'"),
+    validation = Rule::new("!has(self.extract) || has(self.pattern)").message("extract needs a pattern with the groups that it names"),
+    validation = Rule::new("!has(self.semver) || !has(self.sortBy) || self.sortBy == 'Semver'").message("sortBy is Semver where semver is given: remove sortBy"),
+    validation = Rule::new("!has(self.limit) || has(self.semver) || has(self.sortBy)").message("limit needs sortBy, so that it is known which tags are the highest")
+)]
+pub struct Select {
+    /// A regular expression (RE2) that the whole tag must match. Example: `v?[0-9.]+`. When absent: any tag.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 512))]
+    #[x_kube(validation = Rule::new("''.matches(self) || !''.matches(self)").message("not a valid regular expression"))]
+    pub pattern: Option<String>,
+    /// What of a tag is compared by semver and sortBy, made of the groups of pattern. Example: `$version`. When absent: the
+    /// whole tag.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 128))]
+    pub extract: Option<String>,
+    /// Regular expressions (RE2); a tag that one of them matches as a whole is left out. Example: `[".*-rc.*"]`. When
+    /// absent: none is.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 10), inner(length(min = 1, max = 256)))]
+    #[x_kube(merge_strategy = ListMerge::Atomic, validation = Rule::new("self.all(p, ''.matches(p) || !''.matches(p))").message("not a valid regular expression"))]
+    pub exclude: Vec<String>,
+    /// A range of versions with the grammar and the pre-release rule of node-semver. A `v` before a version is left out,
+    /// parts that are missing are 0, and `_` is read as `+`. Example: `>=7.60 <8`. When absent: any tag.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 256), regex(pattern = RANGE))]
+    pub semver: Option<String>,
+    /// How tags are compared for limit: Semver, Alphabetical or Numerical; what is no version or no number is left out.
+    /// When absent: Semver with semver, else not at all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sort_by: Option<SortBy>,
+    /// How many tags at most, the highest first. Example: `5`. When absent: all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 10000))]
+    pub limit: Option<i32>,
 }
 
 /// Which of the artifacts that are attached to images are copied.
@@ -172,6 +245,15 @@ pub enum ReferrersPolicy {
 #[derive(Serialize, Deserialize, JsonSchema, Clone, Debug, Default, PartialEq)]
 #[serde(rename_all = "camelCase")]
 pub struct Policy {
+    /// What to do when a tag has a new digest at the source. Update: copy it. Keep: keep at the target what was mirrored
+    /// first. When absent: Update.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source_moved: Option<SourceMoved>,
+    /// What to do when the target tag has another digest than the wanted one. Always: write the tag. `IfOwned`: only if its
+    /// digest is one that this object wrote there. Never: leave it. What is left is reported as `TargetChanged`. When
+    /// absent: Always.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub overwrite: Option<Overwrite>,
     /// Layers with `urls`, which their vendors distribute elsewhere. Skip: they stay there. Copy: they are copied, from the
     /// source or from their urls. When absent: Skip.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -218,6 +300,11 @@ pub struct Registry {
     /// certificate. When absent: the system's certificates.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cert_secret_ref: Option<SecretReference>,
+    /// A Secret with `address`, the `http://host:port` of a proxy that connections to this registry and to its token server
+    /// go through, and, if it asks for a login, `username` and `password`. When absent: no proxy, or the one of the
+    /// operator's configuration.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub proxy_secret_ref: Option<SecretReference>,
 }
 
 /// What the operator last saw.
@@ -310,7 +397,7 @@ pub struct Summary {
 pub struct LastSync {
     /// The generation it was for.
     pub generation: i64,
-    /// A hash of the spec without suspend, interval and timeout.
+    /// A hash of the spec without suspend, interval, schedule, timeZone and timeout.
     pub spec_hash: String,
     /// When it began.
     pub started_at: Time,

@@ -27,4 +27,4 @@ pub use challenge::Challenge;
 pub use credential::Credential;
 pub use realm::realm_is_trusted;
 pub use store::{ConfigError, CredentialStore};
-pub use token::{Scope, Token, TokenCache, TokenError, TokenKey};
+pub use token::{NextLogin, Scope, Token, TokenCache, TokenError, TokenKey};

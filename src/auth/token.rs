@@ -11,6 +11,7 @@ use secrecy::SecretString;
 use serde::Deserialize;
 use tokio::sync::Mutex as AsyncMutex;
 
+use super::Credential;
 use crate::oci::{Digest, RepositoryName};
 
 /// What the specification says of tokens that do not name their life.
@@ -102,6 +103,12 @@ impl Token {
         Instant::now() < self.renew_at
     }
 
+    /// The identity token that came with it, to log in with the next time.
+    #[must_use]
+    pub fn refresh(&self) -> Option<&SecretString> {
+        self.refresh.as_ref()
+    }
+
     /// The value of an `Authorization` header (RFC 6750).
     #[must_use]
     pub fn bearer(&self) -> SecretString {
@@ -110,12 +117,16 @@ impl Token {
     }
 }
 
+/// What to log in with next: the identity token of a credential, or the one that a server has given in its place. Locked
+/// while it is shown, as a server may take each of them once.
+pub type NextLogin = Arc<AsyncMutex<Arc<Credential>>>;
+
 /// The tokens of the process.
 #[derive(Default)]
 pub struct TokenCache {
     slots: Mutex<HashMap<TokenKey, Arc<AsyncMutex<Option<Token>>>>>,
-    /// Identity tokens that took the place of what the credentials hold, by registry and credential.
-    refreshed: Mutex<HashMap<(String, Digest), SecretString>>,
+    /// As long as the process runs, by registry and credential.
+    logins: Mutex<HashMap<(String, Digest), NextLogin>>,
 }
 
 impl TokenCache {
@@ -141,21 +152,15 @@ impl TokenCache {
         Ok(token)
     }
 
-    /// The identity token that a server has given in place of the one that the credential holds.
+    /// What became of this identity token at this registry.
     #[must_use]
-    pub fn refreshed(&self, registry: &str, credential: &Digest) -> Option<SecretString> {
-        let refreshed = self.refreshed.lock().unwrap_or_else(PoisonError::into_inner);
-        refreshed.get(&(registry.to_owned(), credential.clone())).cloned()
-    }
-
-    /// Keeps the identity token that came with a token, as long as the process runs.
-    pub fn keep_refreshed(&self, registry: &str, credential: &Digest, token: &Token) {
-        let Some(refresh) = &token.refresh else { return };
-        let mut refreshed = self.refreshed.lock().unwrap_or_else(PoisonError::into_inner);
-        if refreshed.len() >= Self::MAX_SLOTS {
-            refreshed.clear();
+    pub fn next_login(&self, registry: &str, credential: &Arc<Credential>) -> NextLogin {
+        let mut logins = self.logins.lock().unwrap_or_else(PoisonError::into_inner);
+        if logins.len() >= Self::MAX_SLOTS {
+            logins.retain(|_, login| Arc::strong_count(login) > 1);
         }
-        refreshed.insert((registry.to_owned(), credential.clone()), refresh.clone());
+        let key = (registry.to_owned(), credential.fingerprint().clone());
+        Arc::clone(logins.entry(key).or_insert_with(|| Arc::new(AsyncMutex::new(Arc::clone(credential)))))
     }
 
     fn slot(&self, key: TokenKey) -> Arc<AsyncMutex<Option<Token>>> {
@@ -199,6 +204,15 @@ mod tests {
         assert!(token(r#"{"token":"","access_token":"b"}"#).is_same(&token(r#"{"token":"b"}"#)));
         for bad in ["", "{}", "<html>", r#"{"token":""}"#, r#"{"token":7}"#] {
             assert!(Token::from_answer(bad.as_bytes(), Instant::now()).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn four_fifths_of_a_life_are_used_and_one_that_is_not_said_is_a_minute() {
+        for (said, seconds) in [("300", 240.0), ("null", 48.0), ("0", 0.8), ("99999999", 69_120.0)] {
+            let (now, answer) = (Instant::now(), format!(r#"{{"token":"a","expires_in":{said}}}"#));
+            let token = Token::from_answer(answer.as_bytes(), now).unwrap();
+            assert_eq!(token.renew_at - now, Duration::from_secs_f64(seconds), "{said}");
         }
     }
 

@@ -5,17 +5,23 @@
 //! | 0 | all in step, or the operator was stopped |
 //! | 1 | something failed |
 //! | 2 | the command or its input is wrong |
+//! | 3 | the target has tags with digests that the policy does not let us overwrite |
+//! | 4 | there is something to do, says a plan |
 //! | 130 | interrupted |
 
 mod crd;
+mod documents;
+mod mirrors;
 mod operator;
+mod plan;
 mod sync;
+mod validate;
 
 use std::{ffi::OsString, process::ExitCode};
 
 use clap::{Parser, Subcommand};
 
-use crate::telemetry::logging::Format;
+use crate::telemetry::logging::{self, Format};
 
 /// Mirrors container images declaratively.
 #[derive(Debug, Parser)]
@@ -36,7 +42,11 @@ enum Command {
     /// Run the Kubernetes operator.
     Operator(operator::Arguments),
     /// Sync the ImageMirrors in the files once, without Kubernetes.
-    Sync(sync::Arguments),
+    Sync(mirrors::MirrorArguments),
+    /// Say what a sync of the ImageMirrors in the files would do, and why; change nothing.
+    Plan(mirrors::MirrorArguments),
+    /// Check the ImageMirrors in the files as the API server and the operator do, without either.
+    Validate(validate::Arguments),
     /// Print the CustomResourceDefinition.
     Crd,
 }
@@ -53,6 +63,12 @@ enum Failure {
     /// What failed has been said already.
     #[error("failed")]
     Reported,
+    /// Some tags were left as they are.
+    #[error("some tags at the target were not written here, and were left")]
+    Drift,
+    /// A plan has something to do.
+    #[error("there is something to do")]
+    Work,
     /// Ctrl-C.
     #[error("interrupted; what was begun at the target has been given up")]
     Interrupted,
@@ -63,6 +79,8 @@ impl Failure {
         match self {
             Self::Failed(_) | Self::Reported => 1,
             Self::Usage(_) => 2,
+            Self::Drift => 3,
+            Self::Work => 4,
             Self::Interrupted => 130,
         }
     }
@@ -81,18 +99,32 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     let Cli { command, log_format, log_level } = cli;
     let result = match command {
         Command::Operator(arguments) => operator::run(arguments, log_format, log_level),
-        Command::Sync(arguments) => sync::run(&arguments, log_format, log_level),
+        Command::Sync(arguments) => logs(log_format, log_level).and_then(|()| sync::run(&arguments)),
+        Command::Plan(arguments) => logs(log_format, log_level).and_then(|()| plan::run(&arguments)),
+        Command::Validate(arguments) => validate::run(&arguments),
         Command::Crd => crd::run(),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
-            if !matches!(failure, Failure::Reported) {
+            if !matches!(failure, Failure::Reported | Failure::Work) {
                 eprintln!("imagemirror: {failure}");
             }
             ExitCode::from(failure.code())
         }
     }
+}
+
+/// The log of a command that reports by itself: errors alone, unless more is asked for.
+fn logs(format: Option<Format>, level: Option<String>) -> Result<(), Failure> {
+    let level = level.unwrap_or_else(|| "error".to_owned());
+    logging::init(format.unwrap_or_default(), &level).map_err(|error| Failure::Usage(error.to_string()))
+}
+
+fn print_json(value: &serde_json::Value) -> Result<(), Failure> {
+    let json = serde_json::to_string_pretty(value).map_err(|error| Failure::Failed(error.to_string()))?;
+    println!("{json}");
+    Ok(())
 }
 
 fn runtime() -> Result<tokio::runtime::Runtime, Failure> {

@@ -61,6 +61,8 @@ timing! {
     progress_interval "progressInterval" = Duration::from_secs(10);
     /// How often it is looked at what is attached to images that have not changed.
     referrers_interval "referrersInterval" = Duration::from_hours(24);
+    /// How long a tag is remembered that was restored from what others had written: three times, and it is left to them.
+    restore_window "restoreWindow" = Duration::from_hours(24);
     /// The answer of a registry to a request without a body.
     head_timeout "headTimeout" = Duration::from_secs(30);
     /// A transfer in which no byte moves.

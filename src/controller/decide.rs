@@ -10,7 +10,7 @@ use crate::{
     config::Timing,
     mirror::ValidatedMirror,
     reason::{Reason, Retry},
-    schedule::{next_retry, next_run},
+    schedule::next_retry,
 };
 
 /// What to do.
@@ -89,7 +89,7 @@ pub(super) fn decide(
         authentication: last.finished(),
         attached: last.finished(),
     });
-    let due = next_run(times.all, mirror.interval, known.spread);
+    let due = mirror.schedule.next(times.all, known.spread);
     if due <= now {
         return Decision::Start(Scope::All);
     }
@@ -228,6 +228,19 @@ mod tests {
         assert_eq!(at(&mirror, &ImageMirrorStatus::default(), 0), Decision::Start(Scope::All));
         assert_eq!(at(&mirror, &synced(&mirror), 10), Decision::Wait(Duration::from_secs(3590)));
         assert_eq!(at(&mirror, &synced(&mirror), 3600), Decision::Start(Scope::All));
+    }
+
+    #[test]
+    fn a_calendar_has_its_own_times_and_what_was_missed_happens_once() {
+        let mirror = mirror(", schedule: '0 * * * *', timeZone: Europe/Berlin", None);
+        assert_eq!(at(&mirror, &synced(&mirror), 600), Decision::Wait(Duration::from_mins(50)));
+        let after_a_day = at(&mirror, &synced(&mirror), 86_400 + 600);
+        assert_eq!(after_a_day, Decision::Start(Scope::All));
+        let mut status = synced(&mirror);
+        if let Some(last) = &mut status.last_sync {
+            last.finished_at = Time(seconds(86_400 + 660));
+        }
+        assert_eq!(at(&mirror, &status, 86_400 + 660), Decision::Wait(Duration::from_mins(49)));
     }
 
     #[test]

@@ -9,6 +9,7 @@
 //!
 //! A run that ends wakes its object. Without the lease nothing is reconciled; when it is lost, runs are cancelled.
 
+mod claims;
 mod context;
 mod decide;
 mod error;

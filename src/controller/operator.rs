@@ -6,6 +6,7 @@ use futures::StreamExt as _;
 use kube::{
     Api, Client, Config as KubeConfig,
     api::ListParams,
+    core::ObjectMeta,
     runtime::{
         Controller, Predicate as _, PredicateConfig, WatchStreamExt as _, controller, predicates,
         reflector::{self, ObjectRef},
@@ -22,7 +23,7 @@ use super::{
     lease::{KeepEnd, Lease, LeaseOptions},
     reconcile::{Guarded, after_error, reconcile},
     runner::Runner,
-    watch::changes,
+    watch::{Observer, changes},
 };
 use crate::{
     api::ImageMirror,
@@ -128,7 +129,7 @@ async fn lead(
     shutdown: &CancellationToken,
 ) -> KeepEnd {
     let (wake, woken) = mpsc::channel::<ObjectRef<ImageMirror>>(1024);
-    let runner = Runner::new(config.limits.runs, registry.clone(), fence, wake, Arc::clone(metrics));
+    let runner = Runner::new(config, registry.clone(), fence, wake, Arc::clone(metrics));
     let events = Events::new(client.clone(), identity.to_owned(), config.timing.api_timeout);
     let context =
         Arc::new(Context::new(client.clone(), Arc::clone(config), runner.clone(), events, Arc::clone(metrics)));
@@ -145,22 +146,28 @@ async fn lead(
     end
 }
 
-async fn control(context: Arc<Context>, woken: mpsc::Receiver<ObjectRef<ImageMirror>>, stop: CancellationToken) {
-    let forget = {
-        let context = Arc::clone(&context);
-        move |meta: &kube::core::ObjectMeta| {
-            let uid = meta.uid.as_deref().unwrap_or_default();
-            context.runner.forget(uid);
-            context.forget(
-                uid,
-                meta.namespace.as_deref().unwrap_or_default(),
-                meta.name.as_deref().unwrap_or_default(),
-            );
+impl Observer for Context {
+    fn shown(&self, object: &Guarded) {
+        if let Ok(mirror) = &object.0 {
+            self.runner.claims().shown(mirror);
         }
-    };
+    }
+
+    fn gone(&self, meta: &ObjectMeta) {
+        let uid = meta.uid.as_deref().unwrap_or_default();
+        self.runner.forget(uid);
+        self.forget(uid, meta.namespace.as_deref().unwrap_or_default(), meta.name.as_deref().unwrap_or_default());
+    }
+
+    fn complete(&self) {
+        self.runner.claims().complete();
+    }
+}
+
+async fn control(context: Arc<Context>, woken: mpsc::Receiver<ObjectRef<ImageMirror>>, stop: CancellationToken) {
     let (reader, writer) = reflector::store::<Guarded>();
-    let gone: Arc<dyn Fn(&kube::core::ObjectMeta) + Send + Sync> = Arc::new(forget);
-    let objects = changes(&context.client, &context.config.watch_namespaces, &gone)
+    let observer: Arc<dyn Observer> = Arc::clone(&context) as Arc<dyn Observer>;
+    let objects = changes(&context.client, &context.config.watch_namespaces, &observer)
         .reflect(writer)
         .touched_objects()
         .predicate_filter(

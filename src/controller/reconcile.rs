@@ -1,6 +1,6 @@
 //! One look at one object: the steps in their order, and what is written of them.
 
-use std::{collections::HashSet, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use jiff::Timestamp;
 use kube::{
@@ -18,7 +18,7 @@ use super::{
     error::Error,
     events::Summary,
     resolve::resolve,
-    runner::{Ended, Job, View},
+    runner::{Completes, Ended, Job, View},
     status,
 };
 use crate::{
@@ -259,23 +259,15 @@ async fn start(
     let attached = last.as_ref().map(|last| last.times.attached).filter(|attached| elapsed(*attached, now) < interval);
     let attached = attached.filter(|_| !is_requested(mirror, &current.status));
     prepared.request.looks_at_attached = attached.is_none();
-    let completes = last.zip(retry);
-    if let Some((last, retry)) = &completes {
+    let completes = last.zip(retry).map(|(earlier, retry)| {
         let is_due = |reason: Reason| {
             let class = reason.retry();
-            class == Retry::Transient || (class == Retry::Authentication && *retry == Retry::Authentication)
+            class == Retry::Transient || (class == Retry::Authentication && retry == Retry::Authentication)
         };
-        let due: HashSet<&str> = last
-            .report
-            .failed()
-            .filter(|(_, failure)| is_due(failure.reason))
-            .map(|(image, _)| image.target.as_str())
-            .collect();
-        let images = std::mem::take(&mut prepared.request.images);
-        let with_names = images.into_iter().zip(&mirror.images);
-        let kept = with_names.filter(|(_, image)| due.contains(mirror.target_of(image).as_str()));
-        prepared.request.images = kept.map(|(request, _)| request).collect();
-    }
+        let due = earlier.report.failed().filter(|(_, failure)| is_due(failure.reason));
+        let due = due.map(|(image, _)| image.target.clone()).collect();
+        Completes { earlier, retry, due }
+    });
     let is_new = current.status.last_sync.as_ref().is_none_or(|last| last.spec_hash != mirror.spec_hash);
     if is_new || is_requested(mirror, &current.status) || is_unsettled(&current.status) {
         let status = status::begun(mirror, &current.status, Timestamp::now());

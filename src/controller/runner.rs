@@ -2,7 +2,7 @@
 //! it. A run that ends leaves its outcome here and wakes its object.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::{BTreeSet, HashMap, HashSet},
     panic::AssertUnwindSafe,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
@@ -18,15 +18,17 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::Instrument as _;
 
-use super::{context::Identity, turns::Turns};
+use super::{claims::Claims, context::Identity, turns::Turns};
 use crate::{
     api::ImageMirror,
+    config::Config,
     copy::{Fence, Progress, ProgressSnapshot, Totals},
     mirror::{Prepared, Problem},
     oci::Digest,
+    plan::Action,
     reason::{Reason, Retry},
     registry,
-    sync::{Failure, ImageReport, SyncReport, sync},
+    sync::{Destination, Failure, ImageReport, SyncReport, SyncRequest, choose, sync},
     telemetry::metrics::Metrics,
 };
 
@@ -45,6 +47,9 @@ struct Inner {
     tasks: TaskTracker,
     stop: CancellationToken,
     metrics: Arc<Metrics>,
+    claims: Claims,
+    /// How long a restored tag is remembered.
+    restore_window: Duration,
 }
 
 /// The objects that have had a run, and those that are gone for good: a uid never comes back.
@@ -54,6 +59,8 @@ struct Slots {
     gone: HashSet<String>,
 }
 
+/// A tag that was restored so often within the window is left to whoever else writes it.
+const MAX_RESTORES: usize = 3;
 /// Objects that were deleted long ago are not reconciled any more.
 const MAX_GONE: usize = 4096;
 
@@ -62,6 +69,8 @@ struct Slot {
     current: Option<Current>,
     ended: Option<Arc<Ended>>,
     last: Option<Arc<Ended>>,
+    /// When which target tag was restored from what others had written there.
+    restores: HashMap<String, Vec<Instant>>,
 }
 
 struct Current {
@@ -82,8 +91,31 @@ pub(super) struct Job {
     pub(super) prepared: Prepared,
     /// When what is attached to the images was last looked at, once this run has ended.
     pub(super) attached: Timestamp,
-    /// The outcome that this run completes, and which of what failed there it covers.
-    pub(super) completes: Option<(Arc<Ended>, Retry)>,
+    /// The outcome that this run completes, and what of it is due.
+    pub(super) completes: Option<Completes>,
+}
+
+/// A run of what failed in an earlier one.
+pub(super) struct Completes {
+    /// The outcome that it completes.
+    pub(super) earlier: Arc<Ended>,
+    /// Which of what failed there it covers.
+    pub(super) retry: Retry,
+    /// The same by their targets; those of repositories are of all images that are chosen there.
+    pub(super) due: BTreeSet<String>,
+}
+
+impl Completes {
+    /// Whether this run is about a target tag.
+    fn is_due(&self, target: &str) -> bool {
+        let repository = target.rsplit_once(':').map_or(target, |(repository, _)| repository);
+        self.due.contains(target) || self.due.contains(repository)
+    }
+
+    /// Whether this run is about any tag of a repository at the target.
+    fn is_any_due(&self, repository: &str) -> bool {
+        self.due.iter().any(|due| due == repository || due.rsplit_once(':').is_some_and(|(due, _)| due == repository))
+    }
 }
 
 /// A run that has ended by itself.
@@ -120,7 +152,7 @@ pub(super) struct View {
 
 impl Runner {
     pub(super) fn new(
-        runs: usize,
+        config: &Config,
         registry: registry::Client,
         fence: Fence,
         wake: mpsc::Sender<ObjectRef<ImageMirror>>,
@@ -128,13 +160,15 @@ impl Runner {
     ) -> Self {
         let inner = Inner {
             slots: Mutex::default(),
-            turns: Turns::new(runs),
+            turns: Turns::new(config.limits.runs),
             registry,
             fence,
             wake,
             tasks: TaskTracker::new(),
             stop: CancellationToken::new(),
             metrics,
+            claims: Claims::new(),
+            restore_window: config.timing.restore_window,
         };
         Self { inner: Arc::new(inner) }
     }
@@ -179,36 +213,84 @@ impl Runner {
     }
 
     async fn run(&self, job: Job, progress: Arc<Progress>, cancel: &CancellationToken) -> Option<Ended> {
-        let Job { id, spec_hash, generation, token, prepared, attached, completes } = job;
-        let Prepared { request, registries, problems, fingerprint } = prepared;
         self.inner.metrics.add_queued(1);
-        let turn = cancel.run_until_cancelled(self.inner.turns.take(&id.namespace)).await;
+        let turn = cancel.run_until_cancelled(self.inner.turns.take(&job.id.namespace)).await;
         self.inner.metrics.add_queued(-1);
         let _turn = turn??;
         let started_at = Timestamp::now();
-        let sync = sync(&self.inner.registry, &request, &registries, self.inner.fence.clone(), progress, cancel);
-        let report = match AssertUnwindSafe(sync).catch_unwind().await {
+        let report = match AssertUnwindSafe(self.carry_out(&job, progress, cancel)).catch_unwind().await {
             Ok(report) => report?,
             Err(_) => {
                 tracing::error!("a run panicked");
                 let message = "the run ended by a fault of ImageMirror; its log has the place";
-                let images = request.images.iter().map(|image| ImageReport {
+                let prepared = &job.prepared;
+                let images = prepared.request.images.iter().map(|image| ImageReport {
                     failure: Some(Failure::new(Reason::InternalError, message)),
-                    ..ImageReport::of(image, &registries.target)
+                    ..ImageReport::of(image, &prepared.registries.target)
                 });
                 let images = images.collect();
                 SyncReport { started_at, finished_at: Timestamp::now(), images, totals: Totals::default() }
             }
         };
+        self.remember_restores(&job.id.uid, &report);
         let now = report.finished_at;
-        let (report, times) = match completes {
-            None => (report, Times { all: now, authentication: now, attached }),
-            Some((earlier, retry)) => {
-                let authentication = if retry == Retry::Authentication { now } else { earlier.times.authentication };
-                (report.completing(&earlier.report), Times { authentication, ..earlier.times })
+        let (report, times) = match &job.completes {
+            None => (report, Times { all: now, authentication: now, attached: job.attached }),
+            Some(Completes { earlier, retry, due }) => {
+                let authentication = if *retry == Retry::Authentication { now } else { earlier.times.authentication };
+                (report.completing(&earlier.report, due), Times { authentication, ..earlier.times })
             }
         };
+        let Job { spec_hash, generation, token, prepared: Prepared { problems, fingerprint, .. }, .. } = job;
         Some(Ended { spec_hash, generation, token, report, problems, fingerprint, times })
+    }
+
+    /// Chooses the images, gives up those that another object keeps, and brings the rest in step.
+    async fn carry_out(&self, job: &Job, progress: Arc<Progress>, cancel: &CancellationToken) -> Option<SyncReport> {
+        let Prepared { request, selections, registries, .. } = &job.prepared;
+        let (client, target) = (&self.inner.registry, &registries.target);
+        let (mut request, mut selections) = (request.clone(), selections.clone());
+        if let Some(completes) = &job.completes {
+            request.images.retain(|image| completes.is_due(&ImageReport::of(image, target).target));
+            selections.retain(|selection| completes.is_any_due(&selection.target_of(registries)));
+        }
+        let mut request = choose(client, request, &selections, registries, cancel).await?;
+        if let Some(completes) = &job.completes {
+            request.images.retain(|image| completes.is_due(&ImageReport::of(image, target).target));
+        }
+        cancel.run_until_cancelled(self.inner.claims.known()).await?;
+        self.inner.claims.settle(&job.id.uid, &mut request, target);
+        self.mark_contested(&job.id.uid, &mut request, target);
+        sync(client, &request, registries, self.inner.fence.clone(), progress, cancel).await
+    }
+
+    /// Which object wants which target tag.
+    pub(super) fn claims(&self) -> &Claims {
+        &self.inner.claims
+    }
+
+    fn mark_contested(&self, uid: &str, request: &mut SyncRequest, target: &Destination) {
+        let slots = self.slots();
+        let Some(slot) = slots.live.get(uid).filter(|slot| !slot.restores.is_empty()) else { return };
+        for image in &mut request.images {
+            let restores =
+                slot.restores.get(&ImageReport::of(image, target).target).map(Vec::as_slice).unwrap_or_default();
+            let recent = restores.iter().filter(|at| at.elapsed() < self.inner.restore_window).count();
+            image.is_contested = recent >= MAX_RESTORES;
+        }
+    }
+
+    fn remember_restores(&self, uid: &str, report: &SyncReport) {
+        let mut slots = self.slots();
+        let Some(slot) = slots.live.get_mut(uid) else { return };
+        for image in &report.images {
+            if image.action != Some(Action::Restore) || image.replaced.is_none() {
+                continue;
+            }
+            let restores = slot.restores.entry(image.target.clone()).or_default();
+            restores.retain(|at| at.elapsed() < self.inner.restore_window);
+            restores.push(Instant::now());
+        }
     }
 
     fn finish(&self, uid: &str, number: u64, ended: Option<Ended>) {
@@ -265,6 +347,7 @@ impl Runner {
         if slots.gone.len() >= MAX_GONE {
             slots.gone.clear();
         }
+        self.inner.claims.forget(uid);
         slots.gone.insert(uid.to_owned());
         if let Some(current) = slots.live.remove(uid).and_then(|slot| slot.current) {
             current.cancel.cancel();

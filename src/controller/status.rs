@@ -16,6 +16,7 @@ use crate::{
     },
     copy::ProgressSnapshot,
     mirror::{InvalidSpec, Problem, ValidatedMirror},
+    plan::Action,
     reason::{Reason, Retry},
     sync::{Failure, ImageReport, Last, SyncReport},
 };
@@ -42,7 +43,7 @@ pub(super) fn last_digests(mirror: &ValidatedMirror, status: &ImageMirrorStatus)
 /// A run for a new spec or a requested token is about to start.
 pub(super) fn begun(mirror: &ValidatedMirror, current: &ImageMirrorStatus, now: Timestamp) -> ImageMirrorStatus {
     let mut conditions = ConditionSet::new(&current.conditions, mirror.generation, now);
-    let message = format!("comparing {} with {}", count(mirror.images.len(), "image"), mirror.target_host);
+    let message = format!("comparing {} with {}", wanted(mirror), mirror.target_host);
     conditions.set(ConditionType::Ready, Status::Unknown, Reason::Progressing, &message);
     conditions.set(ConditionType::Reconciling, Status::True, Reason::Progressing, &message);
     conditions.remove(ConditionType::Stalled);
@@ -62,8 +63,10 @@ pub(super) fn begun(mirror: &ValidatedMirror, current: &ImageMirrorStatus, now: 
         let synced = mirror.images.iter().filter(|image| known.contains_key(&mirror.target_of(image))).count();
         let total = to_i64(mirror.images.len());
         let synced = to_i64(synced);
-        status.summary = Some(Summary { total, synced, pending: total - synced, failed: 0, skipped: 0 });
-        status.synced = Some(format!("{synced}/{total}"));
+        // How many tags rules choose is not known before the lists have been read.
+        let is_known = mirror.selections.is_empty();
+        status.summary = is_known.then_some(Summary { total, synced, pending: total - synced, failed: 0, skipped: 0 });
+        status.synced = is_known.then(|| format!("{synced}/{total}"));
     }
     status
 }
@@ -175,16 +178,27 @@ pub(super) fn finished(
             conditions.set(ConditionType::CredentialsResolved, Status::False, problem.reason, &message);
         }
     }
+    let left: Vec<&ImageReport> = report.left().collect();
+    let skipped = report.images.iter().filter(|image| state_of(image) == ImageState::Skipped).count();
     match outcome(report) {
         None => {
-            let message = format!("{} in step with the sources", count(report.images.len(), "image"));
+            let message = match skipped {
+                0 => format!("{} in step with the sources", count(report.images.len(), "image")),
+                _ => format!("{} looked at, {skipped} left as the policy says", count(report.images.len(), "image")),
+            };
             conditions.set(ConditionType::Ready, Status::True, Reason::Succeeded, &message);
-            conditions.set(ConditionType::TargetInSync, Status::True, Reason::Succeeded, &message);
+            match left_message(&left) {
+                None => conditions.set(ConditionType::TargetInSync, Status::True, Reason::Succeeded, &message),
+                Some(left) => {
+                    conditions.set(ConditionType::TargetInSync, Status::False, Reason::TargetChanged, &left);
+                }
+            }
             conditions.remove(ConditionType::Reconciling);
         }
         Some(Failure { reason, message }) => {
             conditions.set(ConditionType::Ready, Status::False, reason, &message);
-            let behind = format!("{} of {} not in step", report.failed().count(), count(report.images.len(), "image"));
+            let behind = report.failed().count() + left.len();
+            let behind = format!("{behind} of {} not in step", count(report.images.len(), "image"));
             conditions.set(ConditionType::TargetInSync, Status::False, reason, &behind);
             conditions.set(
                 ConditionType::Reconciling,
@@ -195,7 +209,8 @@ pub(super) fn finished(
         }
     }
     let failed = to_i64(report.failed().count());
-    let total = to_i64(report.images.len());
+    let (total, skipped) = (to_i64(report.images.len()), to_i64(skipped));
+    let synced = total - failed - skipped;
     let failures = failures(current, report, now);
     let size_of_failures = serde_json::to_vec(&failures).map_or(0, |bytes| bytes.len());
     let images = images(current, report, MAX_LISTS_BYTES.saturating_sub(size_of_failures), now);
@@ -203,8 +218,8 @@ pub(super) fn finished(
         observed_generation: mirror.generation,
         last_handled_reconcile_at: ended.token.clone().or_else(|| current.last_handled_reconcile_at.clone()),
         conditions: conditions.finish(),
-        synced: Some(format!("{}/{total}", total - failed)),
-        summary: Some(Summary { total, synced: total - failed, pending: 0, failed, skipped: 0 }),
+        synced: Some(format!("{synced}/{total}")),
+        summary: Some(Summary { total, synced, pending: 0, failed, skipped }),
         last_sync: Some(LastSync {
             generation: ended.generation,
             spec_hash: ended.spec_hash.clone(),
@@ -233,7 +248,7 @@ fn outcome(report: &SyncReport) -> Option<Failure> {
     }
     let reason = if of_one_kind { first.reason } else { Reason::PartialFailure };
     let name = |(image, failure): &(&ImageReport, &Failure)| {
-        format!("{} ({}: {})", name_of(image), failure.reason, failure.message)
+        format!("{} ({}: {})", image.name(), failure.reason, failure.message)
     };
     let named: Vec<String> = failed.iter().take(NAMED_FAILURES).map(name).collect();
     let more = if failed.len() > NAMED_FAILURES { ", …" } else { "" };
@@ -241,14 +256,37 @@ fn outcome(report: &SyncReport) -> Option<Failure> {
     Some(Failure { reason, message: format!("{count} of {total} failed: {}{more}", named.join(", ")) })
 }
 
-fn problems_message(problems: &[Problem]) -> String {
-    problems.iter().take(NAMED_FAILURES).map(|problem| problem.message.as_str()).collect::<Vec<_>>().join("; ")
+/// Which tags have digests at the target that were not written here.
+fn left_message(left: &[&ImageReport]) -> Option<String> {
+    let named: Vec<&str> = left.iter().take(NAMED_FAILURES).map(|image| image.target.as_str()).collect();
+    let more = if left.len() > NAMED_FAILURES { ", …" } else { "" };
+    let what = "not written here, and spec.policy.overwrite leaves";
+    (!left.is_empty())
+        .then(|| format!("{} with a digest that was {what}: {}{more}", count(left.len(), "tag"), named.join(", ")))
 }
 
-/// The source with its tag or digest, as people write it.
-fn name_of(image: &ImageReport) -> String {
-    let separator = if image.tag.contains(':') { '@' } else { ':' };
-    format!("{}{separator}{}", image.source, image.tag)
+/// The state of an image after a run.
+fn state_of(image: &ImageReport) -> ImageState {
+    match (&image.failure, image.action) {
+        (Some(_), _) => ImageState::Failed,
+        (None, Some(Action::Keep | Action::Leave)) => ImageState::Skipped,
+        (None, _) => ImageState::Synced,
+    }
+}
+
+/// What a mirror is about, as far as the spec says.
+fn wanted(mirror: &ValidatedMirror) -> String {
+    match (mirror.images.len(), mirror.selections.len()) {
+        (images, 0) => count(images, "image"),
+        (0, repositories) => format!("what is selected from {repositories} repositories"),
+        (images, repositories) => {
+            format!("{} and what is selected from {repositories} repositories", count(images, "image"))
+        }
+    }
+}
+
+fn problems_message(problems: &[Problem]) -> String {
+    problems.iter().take(NAMED_FAILURES).map(|problem| problem.message.as_str()).collect::<Vec<_>>().join("; ")
 }
 
 fn failures(current: &ImageMirrorStatus, report: &SyncReport, now: Timestamp) -> Vec<FailureStatus> {
@@ -257,7 +295,7 @@ fn failures(current: &ImageMirrorStatus, report: &SyncReport, now: Timestamp) ->
     let failure = |(image, failure): (&ImageReport, &Failure)| {
         let before = before.get(image.target.as_str()).filter(|before| before.reason == failure.reason);
         FailureStatus {
-            source: name_of(image),
+            source: image.name(),
             target: image.target.clone(),
             reason: failure.reason,
             message: failure.message.clone(),
@@ -290,10 +328,11 @@ fn images(current: &ImageMirrorStatus, report: &SyncReport, room: usize, now: Ti
     if report.images.len() > MAX_IMAGES {
         return None;
     }
-    let before: HashMap<&str, &ImageStatus> =
-        current.images.iter().map(|image| (image.target.as_str(), image)).collect();
+    // Of two that want one target tag each has its own past.
+    let before: HashMap<(&str, &str), &ImageStatus> =
+        current.images.iter().map(|image| ((image.target.as_str(), image.source.as_str()), image)).collect();
     let status = |image: &ImageReport| {
-        let before = before.get(image.target.as_str());
+        let before = before.get(&(image.target.as_str(), image.source.as_str()));
         // An image that fails keeps what was known of it: its copy at the target stays.
         let digest = image.digest.clone().or_else(|| before.and_then(|before| before.digest.clone()));
         let unchanged = before.filter(|before| before.digest == digest);
@@ -311,7 +350,7 @@ fn images(current: &ImageMirrorStatus, report: &SyncReport, room: usize, now: Ti
                 .clone()
                 .or_else(|| before.and_then(|before| before.source_digest.clone())),
             digest,
-            state: if image.failure.is_some() { ImageState::Failed } else { ImageState::Synced },
+            state: state_of(image),
             synced_at,
         }
     };

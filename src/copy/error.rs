@@ -44,6 +44,9 @@ pub enum CopyError {
         /// What was asked for.
         platforms: Vec<String>,
     },
+    /// The tag has another digest than when the copy was decided on.
+    #[error("the tag has been moved by another client meanwhile")]
+    TargetChanged,
     /// Another client keeps changing what is to be changed here.
     #[error("{0}")]
     Contended(String),
@@ -102,6 +105,7 @@ impl CopyError {
             Self::Form { .. } | Self::Manifest { .. } | Self::Bounds { .. } => Reason::ManifestRefused,
             Self::PlatformMissing { .. } => Reason::PlatformMissing,
             Self::Contended(_) => Reason::Conflict,
+            Self::TargetChanged => Reason::TargetChanged,
         }
     }
 
@@ -120,7 +124,7 @@ impl CopyError {
                 return certificate_advice(*problem);
             }
             Self::Registry { side, .. } => *side,
-            Self::Contended(_) => Side::Target,
+            Self::Contended(_) | Self::TargetChanged => Side::Target,
             Self::Manifest { .. } | Self::Bounds { .. } | Self::PlatformMissing { .. } => Side::Source,
         };
         match (self.reason(), side) {

@@ -14,7 +14,7 @@ use super::{
     CopyError,
     attached::Attached,
     blob::transfer,
-    options::{CopyOptions, ForeignLayers},
+    options::{CopyOptions, Expected, ForeignLayers},
     run::Run,
     subset::Root,
 };
@@ -28,7 +28,8 @@ pub(super) const MAX_DEPTH: u32 = 8;
 /// More manifests under one root are no image.
 const MAX_MANIFESTS: usize = 4096;
 
-/// Copies everything under `root`, then what is attached to it, and then writes it under `tag`.
+/// Copies everything under `root`, then what is attached to it, and then writes it under `tag`, if that has what is
+/// expected.
 ///
 /// Fails with the first error; what is at the target by then stays there and is found by the next run.
 pub async fn copy(
@@ -36,7 +37,7 @@ pub async fn copy(
     source: &Source,
     target: &Target,
     root: &Root,
-    tag: &Tag,
+    (tag, expected): (&Tag, &Expected),
     options: &CopyOptions,
 ) -> Result<(), CopyError> {
     let walk = Walk::new(run, source, target, root, options, false);
@@ -47,6 +48,11 @@ pub async fn copy(
     let ((), attached) = try_join(walk.children(&root.manifest, 0, false), attached).await?;
     walk.found(&root.source_digest, attached, 0);
     walk.copy_found().await?;
+    if let Expected::Still(expected) = expected
+        && target.head(tag.as_str()).await.map_err(CopyError::target)? != *expected
+    {
+        return Err(CopyError::TargetChanged);
+    }
     walk.put_tag_resending(tag, &root.manifest, 0).await?;
     walk.list_by_subject(&root.manifest).await
 }
@@ -84,7 +90,7 @@ pub(super) struct Walk<'a> {
 }
 
 impl<'a> Walk<'a> {
-    fn new(
+    pub(super) fn new(
         run: &'a Run,
         source: &'a Source,
         target: &'a Target,
@@ -124,7 +130,7 @@ impl<'a> Walk<'a> {
         Ok(())
     }
 
-    fn named_by(&self, manifest: &RawManifest) -> Result<Vec<Child>, CopyError> {
+    pub(super) fn named_by(&self, manifest: &RawManifest) -> Result<Vec<Child>, CopyError> {
         let subject = || format!("{}@{}", self.source.place(), manifest.digest);
         manifest.children().map_err(|error| CopyError::Manifest { subject: subject(), error })
     }
@@ -188,7 +194,7 @@ impl<'a> Walk<'a> {
     }
 
     /// The manifest that a descriptor names: rewritten for this copy, or from the source.
-    async fn fetch(&self, descriptor: &Descriptor) -> Result<RawManifest, Error> {
+    pub(super) async fn fetch(&self, descriptor: &Descriptor) -> Result<RawManifest, Error> {
         if let Some(rewritten) = self.root.rewritten.iter().find(|manifest| manifest.digest == descriptor.digest) {
             return Ok(rewritten.clone());
         }
@@ -251,7 +257,7 @@ impl<'a> Walk<'a> {
         }
     }
 
-    fn check_bounds(&self, digest: &Digest, depth: u32) -> Result<(), CopyError> {
+    pub(super) fn check_bounds(&self, digest: &Digest, depth: u32) -> Result<(), CopyError> {
         let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
         seen.insert(digest.clone());
         let what = if depth > MAX_DEPTH {
@@ -270,7 +276,7 @@ impl<'a> Walk<'a> {
 }
 
 /// A child that the source does not have is a fault of the source's image, not of the name that was asked for.
-fn incomplete(error: Error) -> CopyError {
+pub(super) fn incomplete(error: Error) -> CopyError {
     CopyError::Registry { side: Side::Source, error: error.of_child() }
 }
 

@@ -1,5 +1,6 @@
 //! What is copied beside the image itself, and what of it.
 
+use crate::oci::Digest;
 use serde::{Deserialize, Serialize};
 
 /// How the images of a run are copied.
@@ -46,4 +47,13 @@ impl Referrers {
             Self::Selected(types) => artifact_type.is_some_and(|found| types.iter().any(|wanted| wanted == found)),
         }
     }
+}
+
+/// What a tag must have for it to be written.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Expected {
+    /// It is written whatever it has.
+    Anything,
+    /// What it had when the copy was decided on.
+    Still(Option<Digest>),
 }

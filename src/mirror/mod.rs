@@ -12,4 +12,4 @@ mod validate;
 
 pub use prepare::{Prepared, prepare};
 pub use secret::{Problem, Secrets};
-pub use validate::{InvalidSpec, RegistrySettings, ValidatedMirror, WantedImage, validate};
+pub use validate::{InvalidSpec, RegistrySettings, ValidatedMirror, WantedImage, WantedTags, validate};

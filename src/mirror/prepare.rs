@@ -3,18 +3,18 @@
 //! A missing Secret does not stop the run: images that another credential matches are copied, and only those that
 //! would go anonymous because of it fail with its reason. A bad Secret for the target fails all, without a request.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, sync::Arc};
 
 use crate::{
     auth::CredentialStore,
-    oci::{Algorithm, Digest, Host, RepositoryName},
+    oci::{Algorithm, Digest, Host, RepositoryName, Tag},
     reason::Reason,
     registry::{Access, Transport},
-    sync::{Destination, ImageRequest, Last, Registries, Sources, SyncRequest},
+    sync::{Destination, ImageRequest, Last, Registries, SelectionRequest, Sources, SyncRequest},
 };
 
 use super::{
-    secret::{Problem, Secrets, credentials, transport},
+    secret::{Problem, Secrets, credentials, proxy, transport},
     validate::{RegistrySettings, ValidatedMirror},
 };
 
@@ -23,6 +23,8 @@ use super::{
 pub struct Prepared {
     /// What to do.
     pub request: SyncRequest,
+    /// The repositories from whose tags more images are to be chosen.
+    pub selections: Vec<SelectionRequest>,
     /// How the registries are reached.
     pub registries: Registries,
     /// What is missing or cannot be used, in the order of the spec.
@@ -46,11 +48,10 @@ pub fn prepare(
     let target = target_credentials(mirror, secrets, &pull);
     problems.extend(target.as_ref().err().cloned());
     let mut transports = BTreeMap::new();
-    let hosts = mirror.images.iter().map(|image| &image.source.host).chain([&mirror.target_host]);
+    let hosts = mirror.source_hosts().chain([&mirror.target_host]);
     for host in hosts {
         if !transports.contains_key(host) {
-            let found = transport_for(mirror.registries.get(host), secrets)
-                .map(|found| found.unwrap_or_else(|| operator_transport(host)));
+            let found = transport_for(mirror.registries.get(host), secrets, operator_transport(host));
             problems.extend(found.as_ref().err().cloned());
             transports.insert(host.clone(), found);
         }
@@ -80,21 +81,41 @@ pub fn prepare(
         target_tag: image.target_tag.clone(),
         platforms: image.platforms.clone(),
         last: last.get(&mirror.target_of(image)).cloned(),
+        is_contested: false,
         blocked: why_blocked(&image.source.host, &image.source.repository, &image.target_repository),
     });
+    let selections = mirror.selections.iter().map(|wanted| SelectionRequest {
+        host: wanted.host.clone(),
+        repository: wanted.repository.clone(),
+        select: wanted.select.clone(),
+        target_repository: wanted.target_repository.clone(),
+        platforms: wanted.platforms.clone(),
+        last: last_of(&format!("{}/{}:", mirror.target_host, wanted.target_repository), last),
+        blocked: why_blocked(&wanted.host, &wanted.repository, &wanted.target_repository),
+    });
+    let selections = selections.collect();
     let request = SyncRequest {
         images: images.collect(),
+        unknown: Vec::new(),
         timeout: mirror.timeout,
         options: mirror.options.clone(),
+        policy: mirror.policy,
         looks_at_attached: true,
     };
-    let sources = mirror.images.iter().map(|image| &image.source.host).map(|host| {
+    let sources = mirror.source_hosts().map(|host| {
         let access = Access { host: host.clone(), transport: usable(host), credentials: pull.clone() };
         (host.clone(), access)
     });
     let registries =
         Registries { sources: Sources::Registries(sources.collect()), target: Destination::Registry(target_access) };
-    Prepared { request, registries, problems, fingerprint: fingerprint(secrets) }
+    Prepared { request, selections, registries, problems, fingerprint: fingerprint(secrets) }
+}
+
+/// What is known of the tags of one repository.
+fn last_of(place: &str, last: &BTreeMap<String, Last>) -> BTreeMap<Tag, Last> {
+    let following =
+        last.range(place.to_owned()..).map_while(|(target, last)| Some((target.strip_prefix(place)?, last)));
+    following.filter_map(|(tag, last)| Some((tag.parse().ok()?, last.clone()))).collect()
 }
 
 /// The credentials for the sources, and what is missing of them.
@@ -143,16 +164,23 @@ fn target_is_unmatched(
     }
 }
 
-fn transport_for(settings: Option<&RegistrySettings>, secrets: &Secrets) -> Result<Option<Transport>, Problem> {
-    match settings {
-        Some(RegistrySettings { plain_http: true, .. }) => {
-            Ok(Some(Transport { plain_http: true, ..Transport::default() }))
-        }
-        Some(RegistrySettings { cert_secret: Some(name), .. }) => {
-            secrets.get(name).and_then(|secret| transport(name, secret)).map(Some)
-        }
-        _ => Ok(None),
-    }
+/// How a registry is reached: as the spec says, and where it says nothing, as the operator's configuration does.
+fn transport_for(
+    settings: Option<&RegistrySettings>,
+    secrets: &Secrets,
+    of_operator: Transport,
+) -> Result<Transport, Problem> {
+    let Some(settings) = settings else { return Ok(of_operator) };
+    let proxy = match &settings.proxy_secret {
+        Some(name) => Some(Arc::new(secrets.get(name).and_then(|secret| proxy(name, secret))?)),
+        None => of_operator.proxy.clone(),
+    };
+    let transport = match &settings.cert_secret {
+        _ if settings.plain_http => Transport { plain_http: true, ..Transport::default() },
+        Some(name) => secrets.get(name).and_then(|secret| transport(name, secret))?,
+        None => of_operator,
+    };
+    Ok(Transport { proxy, ..transport })
 }
 
 fn fingerprint(secrets: &Secrets) -> Digest {

@@ -10,17 +10,19 @@ use kube::ResourceExt as _;
 
 use crate::{
     api::parse_duration,
-    api::v1alpha1::{Image, ImageMirror, ImageMirrorSpec, ReferrersPolicy},
+    api::v1alpha1::{Image, ImageMirror, ImageMirrorSpec, ReferrersPolicy, Select},
     copy::{CopyOptions, Referrers},
     oci::{Digest, Host, PlatformFilter, Reference, RepositoryName, Tag},
-    schedule::{DEFAULT_INTERVAL, MIN_INTERVAL},
-    sync::ImageSource,
+    plan::{Overwrite, Policy, SourceMoved},
+    schedule::{Calendar, DEFAULT_INTERVAL, MIN_INTERVAL, Schedule},
+    select::{Rules, Selection},
+    sync::{ImageSource, MAX_IMAGES},
 };
 
 const DEFAULT_TIMEOUT: Duration = Duration::from_hours(6);
 const DEFAULT_TEMPLATE: &str = "{repository}";
-/// More wanted tags than this are refused.
-const MAX_IMAGES: usize = 10_000;
+/// The status names so many images; what is ours is known of them alone.
+const MAX_OWNED: usize = 100;
 /// Errors that are said at once.
 const MAX_ERRORS: usize = 5;
 
@@ -33,20 +35,25 @@ pub struct ValidatedMirror {
     pub name: String,
     /// The generation of the spec.
     pub generation: i64,
-    /// A hash of what decides the outcome of a run: the spec without `suspend`, `interval` and `timeout`.
+    /// A hash of what decides the outcome of a run: the spec without `suspend`, `interval`, `schedule`,
+    /// `timeZone` and `timeout`.
     pub spec_hash: String,
     /// Start no runs.
     pub suspended: bool,
-    /// How often to run.
-    pub interval: Duration,
+    /// When to run.
+    pub schedule: Schedule,
     /// How long a run may take.
     pub timeout: Duration,
     /// The token of the annotation that asks for a run now.
     pub requested_at: Option<String>,
     /// The images, one for each target tag, no two with the same.
     pub images: Vec<WantedImage>,
+    /// The repositories whose tags are chosen by rule.
+    pub selections: Vec<WantedTags>,
     /// What is copied beside the images themselves.
     pub options: CopyOptions,
+    /// What to do where there is a choice.
+    pub policy: Policy,
     /// The target registry.
     pub target_host: Host,
     /// The Secret for the target.
@@ -72,6 +79,21 @@ pub struct WantedImage {
     pub platforms: Vec<PlatformFilter>,
 }
 
+/// A repository whose tags are chosen by rule, and where they go.
+#[derive(Clone, Debug, PartialEq)]
+pub struct WantedTags {
+    /// The registry.
+    pub host: Host,
+    /// The repository.
+    pub repository: RepositoryName,
+    /// Which tags.
+    pub select: Selection,
+    /// The repository at the target.
+    pub target_repository: RepositoryName,
+    /// The platforms that are kept; none named is all.
+    pub platforms: Vec<PlatformFilter>,
+}
+
 /// How the spec says to reach one registry.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct RegistrySettings {
@@ -79,6 +101,8 @@ pub struct RegistrySettings {
     pub plain_http: bool,
     /// The Secret with CA and client certificate.
     pub cert_secret: Option<String>,
+    /// The Secret with the proxy on the way there.
+    pub proxy_secret: Option<String>,
 }
 
 /// A spec that cannot be carried out, with every field that is wrong.
@@ -97,6 +121,12 @@ impl InvalidSpec {
 }
 
 impl ValidatedMirror {
+    /// The registries that images come from.
+    pub fn source_hosts(&self) -> impl Iterator<Item = &Host> {
+        let literal = self.images.iter().map(|image| &image.source.host);
+        literal.chain(self.selections.iter().map(|selection| &selection.host))
+    }
+
     /// The target of an image as status and messages name it.
     #[must_use]
     pub fn target_of(&self, image: &WantedImage) -> String {
@@ -110,16 +140,19 @@ pub fn validate(mirror: &ImageMirror) -> Result<ValidatedMirror, InvalidSpec> {
     let spec = &mirror.spec;
     let target_host = errors.take("spec.target.registry", spec.target.registry.parse::<Host>());
     let template = spec.target.repository.as_deref().unwrap_or(DEFAULT_TEMPLATE);
-    let interval = errors.duration("spec.interval", spec.interval.as_deref(), DEFAULT_INTERVAL, MIN_INTERVAL);
+    let schedule = errors.schedule(spec);
     let timeout = errors.duration("spec.timeout", spec.timeout.as_deref(), DEFAULT_TIMEOUT, Duration::from_millis(1));
-    let mut images = Vec::new();
+    let (mut images, mut selections) = (Vec::new(), Vec::new());
     if spec.images.is_empty() {
         errors.add("spec.images", "name at least one image");
     }
     for (index, image) in spec.images.iter().enumerate() {
         let field = format!("spec.images[{index}]");
         match wanted_images(image, template, &field) {
-            Ok(found) => images.extend(found),
+            Ok((found, selection)) => {
+                images.extend(found);
+                selections.extend(selection);
+            }
             Err(message) => errors.0.push(message),
         }
     }
@@ -129,7 +162,8 @@ pub fn validate(mirror: &ImageMirror) -> Result<ValidatedMirror, InvalidSpec> {
     errors.collisions(&images);
     let registries = errors.registries(spec);
     let options = errors.options(spec);
-    let (Some(target_host), true) = (target_host, errors.0.is_empty()) else {
+    let policy = errors.policy(spec, images.len());
+    let (Some(target_host), Some(schedule), true) = (target_host, schedule, errors.0.is_empty()) else {
         errors.0.truncate(MAX_ERRORS);
         return Err(InvalidSpec { errors: errors.0 });
     };
@@ -139,11 +173,13 @@ pub fn validate(mirror: &ImageMirror) -> Result<ValidatedMirror, InvalidSpec> {
         generation: mirror.metadata.generation.unwrap_or_default(),
         spec_hash: spec_hash(spec),
         suspended: spec.suspend.unwrap_or_default(),
-        interval,
+        schedule,
         timeout,
         requested_at: mirror.requested_at().map(str::to_owned),
         images,
+        selections,
         options,
+        policy,
         target_host,
         target_secret: spec.target.secret_ref.as_ref().map(|secret| secret.name.clone()),
         pull_secrets: spec.image_pull_secrets.iter().map(|secret| secret.name.clone()).collect(),
@@ -177,6 +213,38 @@ impl Errors {
                 default
             }
         }
+    }
+
+    fn schedule(&mut self, spec: &ImageMirrorSpec) -> Option<Schedule> {
+        let interval = self.duration("spec.interval", spec.interval.as_deref(), DEFAULT_INTERVAL, MIN_INTERVAL);
+        let Some(schedule) = &spec.schedule else {
+            if spec.time_zone.is_some() {
+                self.add("spec.timeZone", "goes with schedule: write a schedule, or remove timeZone");
+            }
+            return Some(Schedule::Interval(interval));
+        };
+        if spec.interval.is_some() {
+            self.add("spec.schedule", "schedule and interval exclude each other: remove one of them");
+        }
+        self.take("spec.schedule", Calendar::new(schedule, spec.time_zone.as_deref()))
+            .map(Box::new)
+            .map(Schedule::Calendar)
+    }
+
+    fn policy(&mut self, spec: &ImageMirrorSpec, images: usize) -> Policy {
+        let policy = spec.policy.clone().unwrap_or_default();
+        let policy = Policy {
+            source_moved: policy.source_moved.unwrap_or_default(),
+            overwrite: policy.overwrite.unwrap_or_default(),
+        };
+        let needs_memory = policy.overwrite == Overwrite::IfOwned || policy.source_moved == SourceMoved::Keep;
+        if needs_memory && images > MAX_OWNED {
+            let what = format!(
+                "overwrite IfOwned and sourceMoved Keep are for at most {MAX_OWNED} tags, and {images} are wanted: write several mirrors"
+            );
+            self.add("spec.policy", &what);
+        }
+        policy
     }
 
     /// Two images that would take turns in writing one tag.
@@ -220,6 +288,7 @@ impl Errors {
             let settings = RegistrySettings {
                 plain_http: registry.plain_http.unwrap_or_default(),
                 cert_secret: registry.cert_secret_ref.as_ref().map(|secret| secret.name.clone()),
+                proxy_secret: registry.proxy_secret_ref.as_ref().map(|secret| secret.name.clone()),
             };
             if settings.plain_http && settings.cert_secret.is_some() {
                 self.add(&field, "plainHTTP and certSecretRef exclude each other");
@@ -233,7 +302,7 @@ impl Errors {
 }
 
 /// The images that one entry of the list asks for, or what is wrong with it.
-fn wanted_images(image: &Image, template: &str, field: &str) -> Result<Vec<WantedImage>, String> {
+fn wanted_images(image: &Image, template: &str, field: &str) -> Result<(Vec<WantedImage>, Option<WantedTags>), String> {
     let fail = |field: &str, what: &str| format!("{field}: {what}");
     let source_field = format!("{field}.source");
     let reference: Reference = image.source.parse().map_err(|error| fail(&source_field, &format!("{error}")))?;
@@ -248,30 +317,22 @@ fn wanted_images(image: &Image, template: &str, field: &str) -> Result<Vec<Wante
         text.parse::<PlatformFilter>().map_err(|error| fail(&format!("{field}.platforms"), &error.to_string()))
     };
     let platforms = image.platforms.iter().map(platform).collect::<Result<Vec<_>, _>>()?;
-    let has_own = reference.tag.is_some() || reference.digest.is_some();
-    if has_own && !tags.is_empty() {
-        return Err(fail(
-            &source_field,
-            "has a tag or digest already: write tags either in source or in tags, not in both",
-        ));
-    }
-    if !has_own && tags.is_empty() {
-        return Err(fail(
-            &source_field,
-            "name what to mirror: add a tag, as in registry.example.com/app:1.0, or list tags",
-        ));
-    }
-    if reference.digest.is_some() && reference.tag.is_none() && target_tags.is_empty() {
-        return Err(fail(&source_field, "has a digest and no tag: write targetTags, the tags to write at the target"));
-    }
-    if !target_tags.is_empty() && tags.len() > 1 {
-        return Err(fail(&format!("{field}.targetTags"), "is for a source with one tag or a digest"));
-    }
+    check_form(image, &reference).map_err(|(name, what)| fail(&format!("{field}.{name}"), what))?;
     let template = image.target_repository.as_deref().unwrap_or(template);
     let target_repository = expand(template, &reference)
         .map_err(|what| fail(&format!("{field}.targetRepository or spec.target.repository"), &what))?;
-    let source_tags: Vec<Option<Tag>> =
-        if tags.is_empty() { vec![reference.tag.clone()] } else { tags.into_iter().map(Some).collect() };
+    let select = image.select.as_ref().map(selection).transpose().map_err(|what| format!("{field}.{what}"))?;
+    let selection = select.map(|select| WantedTags {
+        host: reference.host.clone(),
+        repository: reference.repository.clone(),
+        select,
+        target_repository: target_repository.clone(),
+        platforms: platforms.clone(),
+    });
+    let source_tags: Vec<Option<Tag>> = match (&reference.tag, &reference.digest) {
+        (None, None) => tags.into_iter().map(Some).collect(),
+        (tag, _) => vec![tag.clone()],
+    };
     let mut wanted = Vec::new();
     for tag in source_tags {
         let written: Vec<Tag> =
@@ -287,7 +348,50 @@ fn wanted_images(image: &Image, template: &str, field: &str) -> Result<Vec<Wante
             wanted.push(WantedImage { source, target_repository, target_tag, platforms });
         }
     }
-    Ok(wanted)
+    Ok((wanted, selection))
+}
+
+/// Which fields exclude and need each other, as the rules of the schema say it.
+fn check_form(image: &Image, source: &Reference) -> Result<(), (&'static str, &'static str)> {
+    let (selects, has_own) = (image.select.is_some(), source.tag.is_some() || source.digest.is_some());
+    if has_own && !image.tags.is_empty() {
+        return Err(("source", "has a tag or digest already: write tags either in source or in tags, not in both"));
+    }
+    if has_own && selects {
+        let what = "has a tag or a digest: select chooses among the tags of a repository, so write source without one";
+        return Err(("source", what));
+    }
+    if !has_own && image.tags.is_empty() && !selects {
+        let what =
+            "name what to mirror: add a tag, as in registry.example.com/app:1.0, or list tags, or select them by rule";
+        return Err(("source", what));
+    }
+    if source.digest.is_some() && source.tag.is_none() && image.target_tags.is_empty() {
+        return Err(("source", "has a digest and no tag: write targetTags, the tags to write at the target"));
+    }
+    if !image.target_tags.is_empty() && selects {
+        return Err(("targetTags", "select keeps the tags of the source: remove targetTags"));
+    }
+    if !image.target_tags.is_empty() && image.tags.len() > 1 {
+        return Err(("targetTags", "is for a source with one tag or a digest"));
+    }
+    Ok(())
+}
+
+fn selection(select: &Select) -> Result<Selection, String> {
+    let limit = match select.limit {
+        None => None,
+        Some(limit) => Some(usize::try_from(limit).map_err(|_| "select.limit: write at least 1".to_owned())?),
+    };
+    let rules = Rules {
+        pattern: select.pattern.clone(),
+        extract: select.extract.clone(),
+        exclude: select.exclude.clone(),
+        semver: select.semver.clone(),
+        sort_by: select.sort_by,
+        limit,
+    };
+    Selection::try_from(rules).map_err(|error| error.to_string())
 }
 
 /// Expands `{registry}`, `{repository}`, `{parent}` and `{name}`. Doubled and leading slashes are removed.
@@ -307,7 +411,14 @@ fn expand(template: &str, source: &Reference) -> Result<RepositoryName, String> 
 }
 
 fn spec_hash(spec: &ImageMirrorSpec) -> String {
-    let relevant = ImageMirrorSpec { suspend: None, interval: None, timeout: None, ..spec.clone() };
+    let relevant = ImageMirrorSpec {
+        suspend: None,
+        interval: None,
+        schedule: None,
+        time_zone: None,
+        timeout: None,
+        ..spec.clone()
+    };
     // Serialising plain structs of strings does not fail; if it did, every spec would count as the same.
     Digest::sha256(&serde_json::to_vec(&relevant).unwrap_or_default()).hex().to_owned()
 }
@@ -378,6 +489,29 @@ mod tests {
                 "  referrers: {artifactTypes: [a/b]}",
                 "spec.referrers: artifactTypes goes with",
             ),
+            ("[{source: 'gcr.io/a:1', select: {pattern: a}}]", "", "select chooses among the tags"),
+            (
+                "[{source: gcr.io/a, select: {pattern: a}, targetTags: [b]}]",
+                "",
+                "spec.images[0].targetTags: select keeps",
+            ),
+            ("[{source: gcr.io/a, select: {pattern: '('}}]", "", "spec.images[0].select.pattern: \"(\" is no regular"),
+            (
+                "[{source: gcr.io/a, select: {semver: 1.x, limit: -1}}]",
+                "",
+                "spec.images[0].select.limit: write at least 1",
+            ),
+            ("[{source: 'gcr.io/a:1'}]", "  schedule: '0 3 * *'", "spec.schedule: \"0 3 * *\" is no schedule"),
+            ("[{source: 'gcr.io/a:1'}]", "  schedule: '0 3 * * *'\n  interval: 1h", "exclude each other"),
+            ("[{source: 'gcr.io/a:1'}]", "  timeZone: UTC", "spec.timeZone: goes with schedule"),
+            (
+                &format!(
+                    "[{{source: gcr.io/a, tags: [{}]}}, {{source: gcr.io/b, tags: [x]}}]",
+                    (0..100).map(|n| format!("'{n}'")).collect::<Vec<_>>().join(", ")
+                ),
+                "  policy: {overwrite: IfOwned}",
+                "at most 100 tags, and 101 are wanted",
+            ),
             ("[{source: 'gcr.io/a:1'}]", "  interval: 5s", "spec.interval: 5s is too short"),
             ("[{source: 'gcr.io/a:1'}]", "  interval: soon", "is not a duration"),
             ("[{source: 'gcr.io/a:1'}]", "  registries: [{host: 'http://x'}]", "spec.registries[0].host"),
@@ -393,6 +527,7 @@ mod tests {
         let hash = |rest: &str| validate(&mirror("[{source: 'gcr.io/a:1'}]", rest)).unwrap().spec_hash;
         let plain = hash("");
         assert_eq!(hash("  interval: 2h\n  timeout: 1h\n  suspend: true"), plain);
+        assert_eq!(hash("  schedule: '0 3 * * *'\n  timeZone: Europe/Berlin"), plain);
         assert_ne!(hash("  serviceAccountName: x"), plain);
     }
 }

@@ -138,6 +138,14 @@ impl Target {
         }
     }
 
+    /// Whether the blob is here.
+    pub async fn has_blob(&self, digest: &Digest) -> Result<bool, Error> {
+        match self {
+            Self::Registry(repository) => repository.has_blob(digest).await,
+            Self::Layout(repository) => Ok(repository.has_blob(digest).await),
+        }
+    }
+
     /// Brings a blob here. Its size must be known.
     pub async fn put_blob(&self, source: &BlobOpener, options: &PutOptions<'_>) -> Result<Stored, PutError> {
         match self {

@@ -300,6 +300,10 @@ impl LayoutRepository {
     }
 
     /// The size of a blob whose manifest does not say it.
+    pub(super) async fn has_blob(&self, digest: &Digest) -> bool {
+        tokio::fs::try_exists(self.layout.blob_path(digest)).await.unwrap_or_default()
+    }
+
     pub(super) async fn blob_size(&self, blob: &Descriptor) -> Result<u64, Error> {
         let file = fs::metadata(self.layout.blob_path(&blob.digest)).await;
         Ok(file.map_err(|error| self.failed(error, Step::GetBlob, &blob.digest.to_string()))?.len())

@@ -249,7 +249,7 @@ impl Repository {
 
     async fn dispatch(&self, request: &Request, url: Url, authorization: &Authorization) -> Result<Response, Error> {
         let host = host_of(&url);
-        if let Err(denied) = self.client().networks().check_url(&url) {
+        if let Err(denied) = self.client().networks().check_url(self.dialled(&url)) {
             return Err(Error::new(ErrorKind::Denied(denied), request.step, &host, &request.subject));
         }
         let permit = self.place(&host, &authorization.identity, request).await?;
@@ -342,9 +342,16 @@ impl Repository {
         if !realm_is_trusted(registry, self.is_plain_http(), &url, self.client().auth_hosts(registry)) {
             return Err(fail(ErrorKind::RealmRefused(host), registry.as_str()));
         }
-        let credential = self.credential(index);
-        let is_identity = credential.is_some_and(|credential| credential.as_identity_token().is_some());
-        let ask = |by_post: bool| self.token_request(&url, service, scope, credential.filter(|_| by_post), subject);
+        let written = self.credential(index);
+        let identity = written.filter(|credential| credential.as_identity_token().is_some());
+        let identity = identity.map(|credential| self.client().tokens().next_login(self.registry_key(), credential));
+        let mut next = match &identity {
+            Some(next) => Some(next.lock().await),
+            None => None,
+        };
+        let credential = next.as_deref().or(written).cloned();
+        let (credential, is_identity) = (credential.as_ref(), identity.is_some());
+        let ask = |by_post: bool| Self::token_request(&url, service, scope, credential.filter(|_| by_post), subject);
         let mut answer = self.ask_for_token(&ask(is_identity), credential.filter(|_| !is_identity)).await?;
         // Servers know one of the two ways, or both.
         if credential.is_some() && matches!(answer.inner.status().as_u16(), 404 | 405) {
@@ -361,8 +368,8 @@ impl Repository {
         let body = self.read_body(answer, MAX_SMALL_BODY, Step::Token, subject).await?;
         let token = Token::from_answer(&body, std::time::Instant::now())
             .map_err(|error| fail(ErrorKind::Malformed("it holds no token".into()), &host).caused_by(error))?;
-        if let Some(credential) = credential {
-            self.client().tokens().keep_refreshed(self.registry_key(), credential.fingerprint(), &token);
+        if let (Some(next), Some(token)) = (&mut next, token.refresh()) {
+            **next = Arc::new(Credential::identity_token(token.clone(), next.origin()));
         }
         Ok(token)
     }
@@ -390,7 +397,6 @@ impl Repository {
     /// A `GET` with the query (distribution-spec, token authentication), or with a credential in it a `POST` with a form
     /// (`OAuth2` token authentication; RFC 6749, sections 4.3 and 6).
     fn token_request(
-        &self,
         realm: &Url,
         service: Option<&str>,
         scope: &Scope,
@@ -410,9 +416,7 @@ impl Repository {
         form.extend_pairs(service.map(|service| ("service", service)));
         match credential.as_identity_token() {
             Some(token) => {
-                let newer = self.client().tokens().refreshed(self.registry_key(), credential.fingerprint());
-                let token = newer.as_ref().unwrap_or(token).expose_secret();
-                form.append_pair("grant_type", "refresh_token").append_pair("refresh_token", token);
+                form.append_pair("grant_type", "refresh_token").append_pair("refresh_token", token.expose_secret());
             }
             None => {
                 form.append_pair("grant_type", "password").append_pair("username", credential.username());

@@ -38,14 +38,8 @@ impl<'a> Handles<'a> {
         let mut this = Self { destination, sources: HashMap::new(), targets: HashMap::new() };
         for image in &request.images {
             let (host, name) = (image.source.host.clone(), image.source.repository.clone());
-            let source = match &registries.sources {
-                Sources::Layout(layout) => Some(Ok(Source::Layout(layout.repository(host.clone(), name.clone())))),
-                Sources::Registries(accesses) => accesses.get(&host).map(|access| {
-                    Repository::for_pull(client, access, name.clone()).map(Source::Registry).map_err(Arc::new)
-                }),
-            };
-            if let Some(source) = source {
-                this.sources.entry((host, name)).or_insert(source);
+            if let Some(source) = open_source(client, registries, &host, &name) {
+                this.sources.entry((host, name)).or_insert(source.map_err(Arc::new));
             }
             let (host, name, _) = destination.place_of(image);
             let target = this.targets.entry((host.clone(), name.clone())).or_insert_with(|| {
@@ -79,7 +73,34 @@ impl<'a> Handles<'a> {
     }
 }
 
+/// A repository that images come from. `None` if there is nothing that says how it is reached.
+pub(super) fn open_source(
+    client: &Client,
+    registries: &Registries,
+    host: &Host,
+    name: &RepositoryName,
+) -> Option<Result<Source, Error>> {
+    match &registries.sources {
+        Sources::Layout(layout) => Some(Ok(Source::Layout(layout.repository(host.clone(), name.clone())))),
+        Sources::Registries(accesses) => {
+            accesses.get(host).map(|access| Repository::for_pull(client, access, name.clone()).map(Source::Registry))
+        }
+    }
+}
+
 impl Destination {
+    /// Where the images of a source repository go: its host and name, or those that it has at the source.
+    pub(super) fn repository_of(
+        &self,
+        (host, name): (&Host, &RepositoryName),
+        target: &RepositoryName,
+    ) -> (Host, RepositoryName) {
+        match self {
+            Self::Registry(access) => (access.host.clone(), target.clone()),
+            Self::Layout(_) => (host.clone(), name.clone()),
+        }
+    }
+
     /// Where an image goes. In a directory it keeps the name that it has at its source.
     pub(super) fn place_of(&self, image: &ImageRequest) -> (Host, RepositoryName, Tag) {
         match self {

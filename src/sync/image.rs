@@ -7,9 +7,9 @@ use super::{
     handles::{Handles, TargetHandle},
 };
 use crate::{
-    copy::{CopyError, Root, Run, copy, copy_attached, may_have_attached},
+    copy::{CopyError, Expected, Root, Run, copy, copy_attached, may_have_attached},
     oci::{Digest, RawManifest, Tag},
-    plan::{Action, plan},
+    plan::{Action, Overwrite, Step, plan},
     reason::Reason,
     registry::{Error, Side, Source},
 };
@@ -19,6 +19,8 @@ pub(super) struct Outcome {
     pub(super) digest: Digest,
     pub(super) source_digest: Digest,
     pub(super) action: Action,
+    /// What the tag had, where it was written or left.
+    pub(super) replaced: Option<Digest>,
 }
 
 /// What an image failed of, before it is put into words.
@@ -26,6 +28,8 @@ pub(super) enum ImageError {
     Setup(Arc<Error>, Side),
     Copy(CopyError),
     NotFound(String),
+    /// Others write the tag as often as it is restored.
+    Contested(Digest),
     Unprepared,
 }
 
@@ -41,6 +45,13 @@ impl ImageError {
             Self::Setup(error, side) => Failure::new(error.reason(side), &error.to_string()),
             Self::Copy(error) => Failure::new(error.reason(), &error.message()),
             Self::NotFound(message) => Failure::new(Reason::SourceNotFound, &message),
+            Self::Contested(present) => {
+                let what = format!(
+                    "the tag has {present}, which was not written here, and was restored several times of late"
+                );
+                let message = format!("{what}: somebody else writes it too; let one of the two write another tag");
+                Failure::new(Reason::TargetChanged, &message)
+            }
             Self::Unprepared => {
                 Failure::new(Reason::InternalError, "the source registry was not prepared for this run")
             }
@@ -49,6 +60,7 @@ impl ImageError {
 }
 
 /// What the source has under the wanted name, read as far as it was needed.
+#[derive(Clone)]
 enum Wanted {
     Digest(Digest),
     Manifest(RawManifest),
@@ -70,12 +82,37 @@ impl Wanted {
     }
 }
 
-pub(super) async fn sync_image(
-    run: &Run,
+/// What is to be done with an image, and what was read to find that out.
+pub(super) struct Planned<'a> {
+    pub(super) step: Step,
+    /// The digest at the source that the wanted one is made of.
+    pub(super) source_digest: Digest,
+    /// What the target's tag has.
+    pub(super) present: Option<Digest>,
+    pub(super) source: &'a Source,
+    pub(super) target: &'a TargetHandle,
+    tag: Tag,
+    wanted: Wanted,
+    root: Option<Root>,
+}
+
+impl Planned<'_> {
+    /// What is to be copied.
+    pub(super) async fn root(&mut self, image: &ImageRequest) -> Result<&Root, CopyError> {
+        let root = match self.root.take() {
+            Some(root) => root,
+            None => read(self.wanted.clone(), image, self.source).await?,
+        };
+        Ok(self.root.insert(root))
+    }
+}
+
+/// Finds out what is to be done with an image.
+pub(super) async fn plan_image<'a>(
     request: &SyncRequest,
     image: &ImageRequest,
-    handles: &Handles<'_>,
-) -> Result<Outcome, ImageError> {
+    handles: &'a Handles<'_>,
+) -> Result<Planned<'a>, ImageError> {
     let source = handles.source(image).ok_or(ImageError::Unprepared)?;
     let source = source.as_ref().map_err(|error| ImageError::Setup(Arc::clone(error), Side::Source))?;
     let target = handles.target(image).ok_or(ImageError::Unprepared)?;
@@ -90,33 +127,59 @@ pub(super) async fn sync_image(
         Some(last) if last.source_digest.as_ref() == Some(&source_digest) => Some(last.digest.clone()),
         _ => None,
     };
-    let mut wanted = Some(wanted);
-    let mut root = None;
-    let digest = match known {
-        Some(digest) => digest,
-        None => root.insert(read(wanted.take(), &source_digest, image, source).await?).manifest.digest.clone(),
+    let (digest, root) = match known {
+        Some(digest) => (digest, None),
+        None => {
+            let root = read(wanted.clone(), image, source).await?;
+            (root.manifest.digest.clone(), Some(root))
+        }
     };
     let present = in_algorithm_of(&digest, present, target, &tag).await?;
-    let last = image.last.as_ref().map(|last| &last.digest);
-    let action = plan(&digest, present.as_ref(), last);
-    let is_done = action == Action::Unchanged;
+    let last = image.last.as_ref();
+    let step = plan(request.policy, &digest, present.as_ref(), last.map(|last| &last.digest));
+    if step.wanted == digest {
+        return Ok(Planned { step, source_digest, present, source, target, tag, wanted, root });
+    }
+    // What is kept was made of what the source had then.
+    let made_of = last.and_then(|last| last.source_digest.clone()).unwrap_or_else(|| step.wanted.clone());
+    let wanted = Wanted::Digest(made_of.clone());
+    Ok(Planned { step, source_digest: made_of, present, source, target, tag, wanted, root: None })
+}
+
+pub(super) async fn sync_image(
+    run: &Run,
+    request: &SyncRequest,
+    image: &ImageRequest,
+    handles: &Handles<'_>,
+) -> Result<Outcome, ImageError> {
+    let mut planned = plan_image(request, image, handles).await?;
+    let Planned { source, target, .. } = planned;
     let options = &request.options;
-    if is_done && !(request.looks_at_attached && may_have_attached(run, source, &source_digest, options).await?) {
-        return Ok(Outcome { digest, source_digest, action });
+    let (action, source_digest) = (planned.step.action, planned.source_digest.clone());
+    let replaced = planned.present.clone().filter(|present| *present != planned.step.wanted);
+    if let (true, Action::Restore, Some(present)) = (image.is_contested, action, &replaced) {
+        return Err(ImageError::Contested(present.clone()));
     }
-    let root = match root {
-        Some(root) => root,
-        None => read(wanted.take(), &source_digest, image, source).await?,
-    };
-    if is_done {
-        copy_attached(run, source, &target.repository, &root, options).await?;
-        return Ok(Outcome { digest, source_digest, action });
+    let outcome = Outcome { digest: planned.step.wanted.clone(), source_digest, action, replaced };
+    if action.writes() {
+        let (tag, present) = (planned.tag.clone(), planned.present.clone());
+        let expected =
+            if request.policy.overwrite == Overwrite::Always { Expected::Anything } else { Expected::Still(present) };
+        let root = planned.root(image).await?;
+        let copied = copy(run, source, &target.repository, root, (&tag, &expected), options).await;
+        return match copied {
+            Ok(()) => Ok(outcome),
+            // Somebody was faster: the policy is about what is there now.
+            Err(CopyError::TargetChanged) => Ok(Outcome { action: Action::Leave, ..outcome }),
+            Err(error) => Err(explained(error, source, root, &tag).await.into()),
+        };
     }
-    let copied = copy(run, source, &target.repository, &root, &tag, options).await;
-    if let Err(error) = copied {
-        return Err(explained(error, source, &root, &tag).await.into());
+    let looks = request.looks_at_attached && action != Action::Leave;
+    if looks && may_have_attached(run, source, &outcome.source_digest, options).await? {
+        let root = planned.root(image).await?;
+        copy_attached(run, source, &target.repository, root, options).await?;
     }
-    Ok(Outcome { digest: root.manifest.digest, source_digest, action })
+    Ok(outcome)
 }
 
 /// What the target's refusal of a manifest means, by a look at the manifest.
@@ -135,13 +198,8 @@ async fn explained(error: CopyError, source: &Source, root: &Root, tag: &Tag) ->
 }
 
 /// What is copied: all of it, or some platforms.
-async fn read(
-    wanted: Option<Wanted>,
-    digest: &Digest,
-    image: &ImageRequest,
-    source: &Source,
-) -> Result<Root, CopyError> {
-    let manifest = wanted.unwrap_or_else(|| Wanted::Digest(digest.clone())).manifest(source).await?;
+async fn read(wanted: Wanted, image: &ImageRequest, source: &Source) -> Result<Root, CopyError> {
+    let manifest = wanted.manifest(source).await?;
     if image.platforms.is_empty() {
         return Ok(Root::whole(manifest));
     }

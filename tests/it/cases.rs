@@ -8,6 +8,7 @@ use futures::{StreamExt as _, stream};
 use imagemirror::{
     auth::CredentialStore,
     copy::{CopyOptions, Fence, Progress, Referrers},
+    plan::Policy,
     registry::{Access, Client, ClientOptions, Timing, Transport},
     sync::{Destination, ImageRequest, Registries, Sources, SyncReport, SyncRequest, sync},
 };
@@ -64,6 +65,7 @@ pub(crate) fn image(source: &Access, repository: &str, to: &str) -> Result<Image
         target_tag: "1".parse()?,
         platforms: Vec::new(),
         last: None,
+        is_contested: false,
         blocked: None,
     })
 }
@@ -98,7 +100,14 @@ pub(crate) async fn sync_images(
     images: Vec<ImageRequest>,
     options: CopyOptions,
 ) -> Result<SyncReport> {
-    let request = SyncRequest { images, timeout: Duration::from_mins(1), options, looks_at_attached: true };
+    let request = SyncRequest {
+        images,
+        unknown: Vec::new(),
+        timeout: Duration::from_mins(1),
+        options,
+        policy: Policy::default(),
+        looks_at_attached: true,
+    };
     let sources = sources.into_iter().map(|source| (source.host.clone(), source)).collect();
     let registries = Registries { sources: Sources::Registries(sources), target: Destination::Registry(target) };
     let cancel = CancellationToken::new();

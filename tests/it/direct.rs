@@ -10,6 +10,7 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use imagemirror::{
     copy::{CopyOptions, Fence, Progress, Referrers},
+    plan::Policy,
     reason::Reason,
     registry::{Client, Layout},
     sync::{Destination, ImageRequest, Last, Registries, Sources, SyncReport, SyncRequest, sync},
@@ -144,8 +145,10 @@ impl Direct {
         };
         let request = SyncRequest {
             images: self.images.iter().map(|image| image.request(&host)).collect::<Result<_>>()?,
+            unknown: Vec::new(),
             timeout: Duration::from_mins(1),
             options: self.options.clone(),
+            policy: Policy::default(),
             looks_at_attached: self.looks_at_attached,
         };
         let (registries, cancel) = (Registries { sources, target }, CancellationToken::new());
@@ -187,6 +190,7 @@ impl Wanted {
             target_tag: tag.parse()?,
             platforms: self.platforms.iter().map(|platform| platform.parse()).collect::<Result<_, _>>()?,
             last: self.last.clone(),
+            is_contested: false,
             blocked: None,
         })
     }

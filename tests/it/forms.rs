@@ -18,7 +18,7 @@ use testenv::{
         Kind::{self, Crane, Distribution, Distribution2, Olareg},
         RegistryOptions,
     },
-    witness::crane_validate,
+    witness::{crane_validate, regctl_reads},
 };
 
 use crate::direct::{Direct, Directory, HOST, Place, client_of, prefix, server};
@@ -318,11 +318,12 @@ async fn others_can_read_what_was_copied() -> Result<()> {
     let (env, name) = (Env::get(), prefix("witness"));
     let image = Image::archives(51, &[3000, 50_000], &["linux/amd64", "linux/arm64"])?;
     client_of(&env.source)?.push(&name, "1", &image).await?;
-    let olareg = server(Olareg).await?;
-    for target in [&env.open, olareg.registry()] {
+    let (olareg, old) = (server(Olareg).await?, server(Distribution2).await?);
+    for target in [&env.open, old.registry(), olareg.registry()] {
         let name_and_tag = format!("{name}:1");
         Direct::of(&name_and_tag, &name_and_tag).done(&env.source, target).await?;
         crane_validate(env, target, &name, "1", true).await?;
+        regctl_reads(env, target, &name, "1").await?;
         let config = oci_client::client::ClientConfig {
             protocol: oci_client::client::ClientProtocol::Http,
             ..Default::default()

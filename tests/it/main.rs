@@ -3,6 +3,7 @@
 //! `make test` runs them; each test owns a namespace, an operator that watches it alone, and a repository prefix, so
 //! that all run side by side. Nothing here sleeps to wait for something.
 
+mod api;
 mod bad_input;
 mod boundaries;
 mod cases;
@@ -14,6 +15,7 @@ mod faults;
 mod forms;
 mod layout;
 mod lifecycle;
+mod login;
 mod main_job;
 mod mutations;
 mod packaging;

@@ -32,6 +32,7 @@ fn ended(mirror: &ValidatedMirror, failed: &[(usize, Reason)]) -> Ended {
             digest: failure.is_none().then(|| Digest::sha256(b"x")),
             source_digest: failure.is_none().then(|| Digest::sha256(b"x")),
             action: failure.is_none().then_some(Action::Copy),
+            replaced: None,
             failure,
             is_news: true,
         }
@@ -205,4 +206,23 @@ fn a_failed_image_keeps_the_digest_that_its_target_had() {
     let failed = finished(&mirror, &synced, &ended(&mirror, &[(0, Reason::SourceNotFound)]), NOW);
     assert_eq!(failed.images[0].digest, synced.images[0].digest);
     assert_eq!(failed.images[0].state, ImageState::Failed);
+}
+
+#[test]
+fn what_the_policy_leaves_is_skipped_and_said_of_the_target_alone() {
+    let mirror = mirror(3, 1);
+    let mut ended = ended(&mirror, &[]);
+    ended.report.images[0].action = Some(Action::Leave);
+    ended.report.images[0].digest = None;
+    ended.report.images[1].action = Some(Action::Keep);
+    let status = finished(&mirror, &ImageMirrorStatus::default(), &ended, Timestamp::UNIX_EPOCH);
+    check(&status);
+    assert_eq!(status.synced.as_deref(), Some("1/3"));
+    assert_eq!(status.summary.map(|summary| (summary.skipped, summary.failed)), Some((2, 0)));
+    let found: Vec<_> = status.images.iter().map(|image| image.state).collect();
+    assert_eq!(found, [ImageState::Skipped, ImageState::Skipped, ImageState::Synced]);
+    assert_eq!(condition(&status, "Ready"), is("True", "Succeeded"));
+    assert_eq!(condition(&status, "TargetInSync"), is("False", "TargetChanged"));
+    let in_sync = status.conditions.iter().find(|condition| condition.type_ == "TargetInSync").unwrap();
+    assert!(in_sync.message.contains("t.io/a0:0") && !in_sync.message.contains("t.io/a0:1"), "{}", in_sync.message);
 }

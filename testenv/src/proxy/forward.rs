@@ -84,6 +84,7 @@ impl Connection {
         let exchange = Exchange {
             key: Key::of(&self.shared.label, request.method(), request.uri()),
             path: request.uri().path_and_query().map(ToString::to_string).unwrap_or_default(),
+            headers: request.headers().clone(),
             user_agent: text(header::USER_AGENT).unwrap_or_default(),
             authorized: request.headers().contains_key(header::AUTHORIZATION),
             range: text(header::RANGE),

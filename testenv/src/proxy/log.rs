@@ -4,6 +4,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Result, bail};
+use http::HeaderMap;
 use tokio::sync::watch;
 
 use super::action::Action;
@@ -15,6 +16,8 @@ pub struct Exchange {
     pub key: Key,
     /// With the query.
     pub path: String,
+    /// Of the request.
+    pub headers: HeaderMap,
     pub user_agent: String,
     /// Whether the client sent credentials.
     pub authorized: bool,

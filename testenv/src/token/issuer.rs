@@ -21,6 +21,8 @@ use super::{KEY_ID, TokenOptions, TokenRequest};
 const FORM_LIMIT: usize = 64 << 10;
 /// The name under which a refresh token is the password.
 const TOKEN_USER: &str = "<token>";
+/// For how many seconds after its end distribution takes a token.
+const LEEWAY: u64 = 60;
 
 pub(super) struct Issuer {
     options: TokenOptions,
@@ -144,7 +146,8 @@ impl Issuer {
                 is_it.then(|| name.clone())
             }
             Login::Refresh(token) => {
-                self.refresh_tokens.lock().unwrap_or_else(PoisonError::into_inner).get(token).cloned()
+                let mut tokens = self.refresh_tokens.lock().unwrap_or_else(PoisonError::into_inner);
+                if self.options.rotates { tokens.remove(token) } else { tokens.get(token).cloned() }
             }
         }
     }
@@ -179,7 +182,8 @@ impl Issuer {
         } else {
             answer["token"] = token.into();
         }
-        if self.options.oauth2 && asked.offline && !user.is_empty() {
+        let is_next = self.options.rotates && matches!(asked.login, Login::Refresh(_));
+        if is_next || (self.options.oauth2 && asked.offline && !user.is_empty()) {
             answer["refresh_token"] = self.refresh_token(user).into();
         }
         Ok((StatusCode::OK, answer))
@@ -202,7 +206,13 @@ impl Issuer {
     }
 
     fn sign(&self, subject: &str, granted: &[(&str, Vec<&str>)]) -> Result<String> {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs();
+        let now = SystemTime::now().duration_since(UNIX_EPOCH)?;
+        let end = match self.options.lives {
+            // A second that has begun counts whole: no token ends before its time.
+            Some(lives) => now.as_secs() + 1 + lives - LEEWAY,
+            None => now.as_secs() + self.options.expires_in,
+        };
+        let now = now.as_secs();
         let access =
             granted.iter().map(|(name, actions)| json!({ "type": "repository", "name": name, "actions": actions }));
         let claims = json!({
@@ -211,7 +221,7 @@ impl Issuer {
             "aud": self.options.service,
             "iat": now,
             "nbf": now,
-            "exp": now + self.options.expires_in,
+            "exp": end,
             "jti": format!("{:032x}", fastrand::u128(..)),
             "access": access.collect::<Vec<_>>(),
         });

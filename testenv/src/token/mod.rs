@@ -1,6 +1,7 @@
 //! A token server as registries have it (distribution's token specification): Basic authentication or an OAuth form
 //! in, a signed JWT with the granted scopes out. Distribution verifies the signature with the key set of
-//! [`TokenEndpoint::jwks`]. It gives 60 s of leeway after a token's end, so a short `expires_in` is seen by clients alone.
+//! [`TokenEndpoint::jwks`]. It gives 60 s of leeway after a token's end, so a short `expires_in` is seen by clients alone;
+//! `lives` is what the registry sees.
 //!
 //! To make it fail, put a [`Proxy`](crate::Proxy) in front: [`Proxy::to_tokens`](crate::Proxy::to_tokens), and
 //! [`TokenEndpoint::at`] for the registry.
@@ -114,6 +115,8 @@ pub struct TokenOptions {
     pub users: Vec<User>,
     /// Seconds.
     pub expires_in: u64,
+    /// After how many seconds, rounded up, distribution refuses a token, where that is not a minute after `expires_in`.
+    pub lives: Option<u64>,
     /// What a request without credentials is granted.
     pub anonymous: Vec<String>,
     /// Nothing is granted on other repositories than these, if they are given.
@@ -122,6 +125,8 @@ pub struct TokenOptions {
     pub first_scope_only: bool,
     /// Answer POST (OAuth) too, else 404; give refresh tokens, and take them as the password of the user `<token>`.
     pub oauth2: bool,
+    /// A refresh token is good for one login, whose answer holds the next one.
+    pub rotates: bool,
 }
 
 impl Default for TokenOptions {
@@ -136,10 +141,12 @@ impl Default for TokenOptions {
                 User::new("nobody", "nobody-password", &[]),
             ],
             expires_in: 300,
+            lives: None,
             anonymous: Vec::new(),
             repositories: None,
             first_scope_only: false,
             oauth2: false,
+            rotates: false,
         }
     }
 }

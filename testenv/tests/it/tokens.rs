@@ -80,6 +80,34 @@ async fn oauth2_gives_tokens_for_a_password_and_for_a_refresh_token() {
 }
 
 #[tokio::test]
+async fn a_refresh_token_that_rotates_is_good_for_one_login() {
+    let server = server(TokenOptions { oauth2: true, rotates: true, ..Default::default() }).await;
+    let login = |token: String| {
+        let form = format!("service=testenv&client_id=me&grant_type=refresh_token&refresh_token={token}");
+        let server = &server;
+        async move { post(server, &form).await }
+    };
+    let first = server.refresh_token("pull");
+    let (status, answer) = login(first.clone()).await;
+    assert_eq!((status, login(first).await.0), (200, 401));
+    assert_eq!(login(answer["refresh_token"].as_str().unwrap().to_owned()).await.0, 200);
+}
+
+#[tokio::test]
+async fn a_registry_refuses_a_token_at_its_end_and_not_before() {
+    let server = server(TokenOptions { lives: Some(1), ..Default::default() }).await;
+    let options = RegistryOptions { auth: server.endpoint().auth(), ..Default::default() };
+    let registry = RegistryServer::start(Env::get(), options).await.unwrap();
+    let started = std::time::Instant::now();
+    let token = get(&server, "scope=repository:a:pull").await["token"].as_str().unwrap().to_owned();
+    let url = format!("{}/v2/a/tags/list", registry.registry().url());
+    while raw().get(&url).bearer_auth(&token).send().await.unwrap().status() != 401 {
+        assert!(started.elapsed() < Duration::from_secs(10), "it lives on");
+    }
+    assert!(started.elapsed() >= Duration::from_secs(1), "{:?}", started.elapsed());
+}
+
+#[tokio::test]
 async fn an_identity_token_logs_in_by_get_too() {
     let server = server(TokenOptions { oauth2: true, ..Default::default() }).await;
     let options = RegistryOptions { auth: server.endpoint().auth(), ..Default::default() };

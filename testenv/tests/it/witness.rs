@@ -1,13 +1,13 @@
-//! The independent judge finds an image whole, or says what is wrong with it.
+//! The independent judges find an image whole, or say what is wrong with it.
 
 use testenv::proxy::{Action, Proxy};
-use testenv::witness::crane_validate;
+use testenv::witness::{crane_validate, regctl_reads};
 use testenv::{Env, Image};
 
 use crate::{blob_gets, client, image, repository};
 
 #[tokio::test]
-async fn crane_finds_an_image_whole_wherever_it_is() {
+async fn an_image_is_found_whole_wherever_it_is() {
     let env = Env::get();
     let image = Image::archives(fastrand::u64(..), &[300, 70_000], &["linux/amd64", "linux/arm/v7"]).unwrap();
     for registry in [&env.source, &env.target, &env.open] {
@@ -15,6 +15,9 @@ async fn crane_finds_an_image_whole_wherever_it_is() {
         client.push(&repository, "latest", &image).await.unwrap();
         crane_validate(env, registry, &repository, "latest", true).await.unwrap();
         crane_validate(env, registry, &repository, image.digest(), true).await.unwrap();
+        for reference in ["latest", image.digest()] {
+            regctl_reads(env, registry, &repository, reference).await.unwrap();
+        }
     }
 }
 
@@ -27,15 +30,19 @@ async fn crane_looks_whether_layers_of_any_content_are_there() {
 }
 
 #[tokio::test]
-async fn crane_says_what_is_wrong() {
+async fn it_is_said_what_is_wrong() {
     let env = Env::get();
     let repository = repository("witness");
     let image = Image::archives(fastrand::u64(..), &[3000], &["linux/amd64"]).unwrap();
     client(&env.open).push(&repository, "latest", &image).await.unwrap();
     let absent = crane_validate(env, &env.open, &repository, "other", true).await.unwrap_err().to_string();
     assert!(absent.contains("MANIFEST_UNKNOWN"), "{absent}");
+    let absent = regctl_reads(env, &env.open, &repository, "other").await.unwrap_err().to_string();
+    assert!(absent.contains("not found"), "{absent}");
     let proxy = Proxy::to(env, &env.open).start().await.unwrap();
     proxy.rule(blob_gets(), Action::FlipByte { at: 2000 });
     let broken = crane_validate(env, proxy.registry(), &repository, "latest", true).await.unwrap_err().to_string();
     assert!(broken.contains("invalid checksum"), "{broken}");
+    let broken = regctl_reads(env, proxy.registry(), &repository, "latest").await.unwrap_err().to_string();
+    assert!(broken.contains("digest mismatch"), "{broken}");
 }

@@ -1,0 +1,183 @@
+//! What the files of a command hold: `ImageMirror`s, and the Secrets and `ServiceAccount`s that they name.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    io::Read as _,
+    path::PathBuf,
+};
+
+use k8s_openapi::{
+    ByteString,
+    api::core::v1::{Secret, ServiceAccount},
+};
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+
+use super::Failure;
+use crate::{
+    api::ImageMirror,
+    mirror::{Prepared, Problem, Secrets, ValidatedMirror, prepare, validate},
+    reason::Reason,
+    registry::Transport,
+};
+
+/// What the files hold. Objects without a namespace are in `default`.
+#[derive(Default)]
+pub(super) struct Documents {
+    mirrors: Vec<ImageMirror>,
+    secrets: BTreeMap<(String, String), Secret>,
+    accounts: BTreeMap<(String, String), ServiceAccount>,
+}
+
+impl Documents {
+    /// Reads the files.
+    pub(super) fn of(files: &[PathBuf]) -> Result<Self, Failure> {
+        let mut documents = Self::default();
+        for file in files {
+            documents.read(file)?;
+        }
+        Ok(documents)
+    }
+
+    /// Whether there are Secrets, which then are the only credentials.
+    pub(super) fn have_secrets(&self) -> bool {
+        !self.secrets.is_empty()
+    }
+
+    fn read(&mut self, file: &PathBuf) -> Result<(), Failure> {
+        let shown = file.display();
+        let text = if file.as_os_str() == "-" {
+            let mut text = String::new();
+            std::io::stdin().read_to_string(&mut text).map(|_| text)
+        } else {
+            std::fs::read_to_string(file)
+        };
+        let text = text.map_err(|error| Failure::Usage(format!("{shown} cannot be read: {error}")))?;
+        let documents: Vec<Value> =
+            serde_saphyr::from_multiple(&text).map_err(|_| Failure::Usage(format!("{shown} is not valid YAML")))?;
+        for (number, document) in documents.into_iter().enumerate() {
+            if document.is_null() {
+                continue;
+            }
+            self.add(document).map_err(|what| Failure::Usage(format!("{shown}, document {}: {what}", number + 1)))?;
+        }
+        Ok(())
+    }
+
+    fn add(&mut self, document: Value) -> Result<(), String> {
+        let field = |pointer: &str| document.pointer(pointer).and_then(Value::as_str).unwrap_or_default().to_owned();
+        let key = (namespace_or_default(field("/metadata/namespace")), field("/metadata/name"));
+        let (version, kind) = (field("/apiVersion"), field("/kind"));
+        match (version.as_str(), kind.as_str()) {
+            ("imagemirror.dev/v1alpha1", "ImageMirror") => {
+                let mut mirror: ImageMirror = read_as(document)?;
+                mirror.metadata.namespace = Some(key.0);
+                self.mirrors.push(mirror);
+            }
+            ("v1", "Secret") => {
+                // The parser's own words may quote the content.
+                let secret: Secret = serde_json::from_value(document).map_err(|_| "not a valid Secret".to_owned())?;
+                self.secrets.insert(key, with_string_data(secret));
+            }
+            ("v1", "ServiceAccount") => {
+                self.accounts.insert(key, read_as(document)?);
+            }
+            _ => {
+                return Err(format!(
+                    "{version} {kind} is not known here; give ImageMirrors of imagemirror.dev/v1alpha1, Secrets and ServiceAccounts"
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// The mirrors, if all can be carried out beside each other.
+    pub(super) fn validated(&self) -> Result<Vec<ValidatedMirror>, Failure> {
+        if self.mirrors.is_empty() {
+            return Err(Failure::Usage("the files hold no ImageMirror".into()));
+        }
+        let validated = |mirror: &ImageMirror| {
+            let name = mirror.metadata.name.clone().unwrap_or_default();
+            validate(mirror).map_err(|error| Failure::Usage(format!("ImageMirror {name:?} is invalid: {error}")))
+        };
+        let mirrors: Vec<ValidatedMirror> = self.mirrors.iter().map(validated).collect::<Result<_, _>>()?;
+        let mut wanted: HashMap<String, &str> = HashMap::new();
+        for mirror in &mirrors {
+            for target in mirror.images.iter().map(|image| mirror.target_of(image)) {
+                let what = format!("both want the target tag {target}; give one of them another target");
+                if let Some(other) = wanted.insert(target, &mirror.name) {
+                    return Err(Failure::Usage(format!("ImageMirror {other:?} and {:?} {what}", mirror.name)));
+                }
+            }
+        }
+        Ok(mirrors)
+    }
+
+    /// A run with the Secrets of the files.
+    pub(super) fn prepare(&self, mirror: &ValidatedMirror) -> Prepared {
+        let key = |name: &str| (mirror.namespace.clone(), name.to_owned());
+        let mut secrets = Secrets::default();
+        if let Some(name) = &mirror.service_account {
+            match self.accounts.get(&key(name)) {
+                Some(account) => {
+                    let references = account.image_pull_secrets.iter().flatten();
+                    secrets.of_service_account = references.map(|reference| reference.name.clone()).collect();
+                }
+                None => {
+                    let message = format!("ServiceAccount {name:?} is not in the files");
+                    secrets.service_account_problem = Some(Problem { reason: Reason::SecretNotFound, message });
+                }
+            }
+        }
+        let in_files = self.secrets.iter().filter(|((namespace, _), _)| *namespace == mirror.namespace);
+        secrets.found = in_files.map(|((_, name), secret)| (name.clone(), Ok(secret.clone()))).collect();
+        prepare(mirror, &secrets, |_| Transport::default(), &BTreeMap::new())
+    }
+}
+
+fn namespace_or_default(namespace: String) -> String {
+    if namespace.is_empty() { "default".to_owned() } else { namespace }
+}
+
+fn read_as<T: DeserializeOwned>(document: Value) -> Result<T, String> {
+    serde_json::from_value(document).map_err(|error| error.to_string())
+}
+
+/// What the API server does when a Secret is stored.
+fn with_string_data(mut secret: Secret) -> Secret {
+    for (key, text) in secret.string_data.take().into_iter().flatten() {
+        secret.data.get_or_insert_default().insert(key, ByteString(text.into_bytes()));
+    }
+    secret
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn secrets_of_another_namespace_are_not_seen() {
+        let mut documents = Documents::default();
+        for (namespace, name) in [("a", "pull"), ("b", "pull")] {
+            let secret = serde_json::json!({
+                "apiVersion": "v1", "kind": "Secret", "metadata": {"namespace": namespace, "name": name},
+                "type": "kubernetes.io/dockercfg", "stringData": {".dockercfg": "{}"},
+            });
+            documents.add(secret).unwrap();
+        }
+        let mirror = serde_json::json!({
+            "apiVersion": "imagemirror.dev/v1alpha1", "kind": "ImageMirror", "metadata": {"namespace": "c", "name": "m"},
+            "spec": {"images": [{"source": "gcr.io/a:1"}], "target": {"registry": "t.io"}, "imagePullSecrets": [{"name": "pull"}]},
+        });
+        documents.add(mirror).unwrap();
+        let mirrors = documents.validated().unwrap();
+        let prepared = documents.prepare(&mirrors[0]);
+        assert_eq!(prepared.problems[0].reason, Reason::SecretNotFound);
+    }
+
+    #[test]
+    fn other_kinds_are_refused_by_name() {
+        let error = Documents::default().add(serde_json::json!({"apiVersion": "v1", "kind": "Pod"})).unwrap_err();
+        assert!(error.starts_with("v1 Pod is not known here"), "{error}");
+    }
+}

@@ -12,7 +12,7 @@ use testenv::{
     proxy::{Action, Matcher, Proxy, Route},
 };
 
-use crate::support::{Place, condition, message};
+use crate::support::{Place, condition, eventually, message};
 
 fn image(seed: u64) -> Image {
     Image::single(seed, &[1000])
@@ -220,10 +220,8 @@ async fn of_two_mirrors_that_want_one_tag_the_older_keeps_it() -> Result<()> {
     place.apply("older", &suspended).await?;
     // Ages are counted in seconds.
     let born = place.mirrors().get("older").await?.metadata.creation_timestamp.context("no creationTimestamp")?.0;
-    crate::support::eventually("the next second", || async {
-        Ok(jiff::Timestamp::now() > born + std::time::Duration::from_secs(1))
-    })
-    .await?;
+    eventually("the next second", || async { Ok(jiff::Timestamp::now() > born + std::time::Duration::from_secs(1)) })
+        .await?;
     place.apply("younger", &spec("b/agent")).await?;
     let _operator = place.operator()?;
     let status = place.until_reason("younger", "Conflict").await?.status.unwrap_or_default();
@@ -262,8 +260,10 @@ async fn a_run_that_was_missed_happens_once() -> Result<()> {
     // A run that is asked for is the second one only if no other has come in between.
     let target = place.request("m").await?.status.unwrap_or_default();
     ensure!(finished(&target) >= first);
-    let runs = operator.logged()?.matches("run ended").count();
-    ensure!(runs == 2, "{runs} runs");
+    // The log is written after the status.
+    let runs = || anyhow::Ok(operator.logged()?.matches("run ended").count());
+    eventually("the log of two runs", || async { Ok(runs()? >= 2) }).await?;
+    ensure!(runs()? == 2, "{} runs", runs()?);
     Ok(())
 }
 

@@ -190,6 +190,28 @@ async fn a_tag_that_exists_is_never_overwritten() -> Result<()> {
 }
 
 #[tokio::test]
+async fn a_tag_with_some_platforms_is_left_at_every_run() -> Result<()> {
+    let place = Place::new("never-parts").await?;
+    let image = |seed| Image::multi_arch(seed, &[1000], &["linux/amd64", "linux/arm64"]);
+    place.push(&place.env.source, "agent", "1", &image(1)).await?;
+    let _operator = place.operator()?;
+    let mut spec = place.spec(&place.env.source, &place.env.target, &[("agent", &["1"])]);
+    spec["policy"] = json!({"overwrite": "Never"});
+    spec["images"][0]["platforms"] = json!(["linux/amd64"]);
+    place.apply("m", &spec).await?;
+    place.until_ready("m").await?;
+    let first = place.digest_of(&place.env.target, "agent", "1").await?;
+    place.push(&place.env.source, "agent", "1", &image(2)).await?;
+    for _ in 0..2 {
+        let status = place.request("m").await?.status.unwrap_or_default();
+        ensure!(states(&status) == [("1", ImageState::Skipped)], "{:?}", status.images);
+        ensure!(condition(&status, "TargetInSync") == ("False", "TargetChanged"), "{status:?}");
+        ensure!(place.digest_of(&place.env.target, "agent", "1").await? == first);
+    }
+    Ok(())
+}
+
+#[tokio::test]
 async fn a_tag_that_others_write_as_often_as_it_is_restored_is_left_to_them() -> Result<()> {
     let policy = Policy::new("flap", &json!({})).await?;
     let place = &policy.place;

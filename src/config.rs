@@ -10,6 +10,7 @@ use std::{
     fs, io,
     net::IpAddr,
     path::{Path, PathBuf},
+    sync::Arc,
     time::Duration,
 };
 
@@ -22,7 +23,9 @@ pub use timing::Timing;
 use crate::{
     api::parse_duration,
     oci::Host,
-    registry::{self, ClientOptions, Floor, HostOptions, Networks, Quirks, Transport, TransportError, UploadStrategy},
+    registry::{
+        self, ClientOptions, Floor, HostOptions, Networks, Proxy, Quirks, Transport, TransportError, UploadStrategy,
+    },
     telemetry::logging::{self, Format},
 };
 
@@ -61,6 +64,8 @@ pub struct RegistryConfig {
     pub ca_file: Option<PathBuf>,
     /// What was in it. Filled by [`Config::load`].
     pub ca: Option<Bytes>,
+    /// The proxy that connections go through.
+    pub proxy: Option<Arc<Proxy>>,
     /// Token servers and limits.
     pub options: HostOptions,
 }
@@ -230,6 +235,7 @@ impl Config {
             plain_http: registry.plain_http,
             ca: registry.ca.clone(),
             identity: None,
+            proxy: registry.proxy.clone(),
         })
     }
 }
@@ -253,6 +259,7 @@ struct RegistryEntry {
     #[serde(default, rename = "plainHTTP")]
     plain_http: bool,
     ca_file: Option<PathBuf>,
+    proxy: Option<String>,
     #[serde(default)]
     auth_hosts: Vec<String>,
     #[serde(default)]
@@ -412,7 +419,9 @@ impl RegistryEntry {
         if self.plain_http && self.ca_file.is_some() {
             return Err(Wrong::new(format!("{key}.caFile"), "goes with TLS only: write either plainHTTP or caFile"));
         }
-        let registry = RegistryConfig { plain_http: self.plain_http, ca_file: self.ca_file, ca: None, options };
+        let proxy = self.proxy.as_deref().map(|address| Proxy::new(address, None).map(Arc::new)).transpose();
+        let proxy = proxy.map_err(|error| Wrong::new(format!("{key}.proxy"), error.to_string()))?;
+        let registry = RegistryConfig { plain_http: self.plain_http, ca_file: self.ca_file, ca: None, proxy, options };
         Ok((host, registry))
     }
 }

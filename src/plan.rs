@@ -14,6 +14,31 @@ pub struct Policy {
     pub overwrite: Overwrite,
 }
 
+/// The status names so many images; what is ours is known of them alone.
+const MAX_OWNED: usize = 100;
+/// More wanted tags than this are not copied.
+const MAX_IMAGES: usize = 10_000;
+
+impl Policy {
+    /// How many tags one mirror can want.
+    #[must_use]
+    pub fn max_images(self) -> usize {
+        let needs_memory = self.overwrite == Overwrite::IfOwned || self.source_moved == SourceMoved::Keep;
+        if needs_memory { MAX_OWNED } else { MAX_IMAGES }
+    }
+
+    /// Why `wanted` tags are too many, and what to do.
+    #[must_use]
+    pub fn too_many(self, wanted: usize) -> Option<String> {
+        let most = self.max_images();
+        let because = if most == MAX_OWNED { " with policy.overwrite IfOwned or policy.sourceMoved Keep" } else { "" };
+        let what = || {
+            format!("{wanted} tags are wanted, at most {most} can be{because}: narrow select, or write several mirrors")
+        };
+        (wanted > most).then(what)
+    }
+}
+
 /// What to do when a tag has a new digest at the source.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "operator", derive(schemars::JsonSchema), schemars(description = ""))]

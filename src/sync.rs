@@ -9,7 +9,7 @@ mod handles;
 mod image;
 mod preview;
 
-pub use choose::{MAX_IMAGES, SelectionRequest, choose};
+pub use choose::{SelectionRequest, choose};
 pub use preview::{ImagePreview, Preview, preview};
 
 use std::{
@@ -298,9 +298,11 @@ async fn image_report(
                 let what = if action.writes() { "image copied" } else { "image left as it is" };
                 tracing::info!(source = %report.source, tag = %report.tag, target = %report.target, %digest, ?action, "{what}");
             }
-            // Where the target is left with another digest, nothing is known of it.
-            report.digest = (action != Action::Leave).then_some(digest);
-            report.source_digest = Some(source_digest);
+            // Where the target is left with another digest, what was known of it stays as it was.
+            if action != Action::Leave {
+                report.digest = Some(digest);
+                report.source_digest = Some(source_digest);
+            }
             report.action = Some(action);
             report.replaced = replaced;
         }

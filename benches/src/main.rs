@@ -7,6 +7,7 @@ mod measure;
 mod peers;
 mod report;
 mod rounds;
+mod selection;
 mod workload;
 
 use std::ffi::OsString;
@@ -112,10 +113,10 @@ async fn bench(options: &Options, run_dir: &Path) -> Result<()> {
     let cases = if options.cases.is_empty() { Case::ALL.to_vec() } else { options.cases.clone() };
     let deadline = Duration::from_secs(options.deadline);
     let series = Bench::new(&tools, run_dir, options.rounds, deadline)?.run(&cases, &clients).await?;
-    let tables = report::tables(&series);
+    let tables = format!("{}\n{}", report::tables(&series), selection::table()?);
     println!("\n{tables}");
     if is_whole {
-        let text = format!("{}\n{tables}", head(options.rounds, run_dir, &clients)?);
+        let text = format!("{}\n{tables}\n{}", head(options.rounds, run_dir, &clients)?, include_str!("tail.md"));
         std::fs::write(&options.results, text).with_context(|| format!("write {}", options.results.display()))?;
         eprintln!("bench: {} is written", options.results.display());
     } else {

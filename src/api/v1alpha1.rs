@@ -305,6 +305,11 @@ pub struct Registry {
     /// certificate. When absent: the system's certificates.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cert_secret_ref: Option<SecretReference>,
+    /// A Secret with `address`, the `http://host:port` of a proxy that connections to this registry and to its token server
+    /// go through, and, if it asks for a login, `username` and `password`. When absent: no proxy, or the one of the
+    /// operator's configuration.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub proxy_secret_ref: Option<SecretReference>,
 }
 
 /// What the operator last saw.

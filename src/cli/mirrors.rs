@@ -10,14 +10,15 @@ use std::{
 
 use clap::{Args, ValueEnum};
 use docker_credential::{CredentialRetrievalError, DockerCredential};
+use serde::Serialize;
 use tokio_util::sync::CancellationToken;
 
-use super::{Failure, documents::Documents};
+use super::{Failure, documents::Documents, signals};
 use crate::{
     auth::{Credential, CredentialStore},
     mirror::{Prepared, Secrets, ValidatedMirror, prepare},
     oci::Host,
-    registry::{Client, Layout, LayoutError, Transport},
+    registry::{Client, ClientOptions, Layout, LayoutError, Transport},
     sync::{Destination, Registries, Sources, SyncRequest, choose},
 };
 
@@ -47,11 +48,20 @@ pub(super) enum Output {
     Json,
 }
 
+/// What came of one mirror.
+#[derive(Serialize)]
+pub(super) struct Outcome<R> {
+    namespace: String,
+    pub(super) name: String,
+    #[serde(flatten)]
+    pub(super) report: R,
+}
+
 /// The mirrors of a command, ready to be carried out one after the other.
 pub(super) struct Mirrors {
     documents: Documents,
     layouts: Layouts,
-    pub(super) validated: Vec<ValidatedMirror>,
+    validated: Vec<ValidatedMirror>,
 }
 
 impl Mirrors {
@@ -62,14 +72,26 @@ impl Mirrors {
         Ok(Self { documents, layouts: Layouts::of(arguments)?, validated })
     }
 
-    /// Says where credentials come from.
-    pub(super) fn say_credentials(&self) {
+    /// Carries each out with `run`, which gives nothing when it is interrupted.
+    pub(super) async fn each<R>(
+        &self,
+        run: impl AsyncFn(&Client, &SyncRequest, &Registries, &CancellationToken) -> Option<R>,
+    ) -> Result<Vec<Outcome<R>>, Failure> {
+        let cancel = signals();
+        let client = Client::new(ClientOptions::default());
         let place = if self.documents.have_secrets() { "the Secrets in the files" } else { "the Docker configuration" };
         eprintln!("credentials: {place}");
+        let mut outcomes = Vec::new();
+        for mirror in &self.validated {
+            let (request, registries) = self.request(mirror, &client, &cancel).await?;
+            let report = run(&client, &request, &registries, &cancel).await.ok_or(Failure::Interrupted)?;
+            outcomes.push(Outcome { namespace: mirror.namespace.clone(), name: mirror.name.clone(), report });
+        }
+        Ok(outcomes)
     }
 
     /// What a mirror asks for, with its tags chosen.
-    pub(super) async fn request(
+    async fn request(
         &self,
         mirror: &ValidatedMirror,
         client: &Client,

@@ -2,26 +2,15 @@
 
 use std::fmt::Write as _;
 
-use serde::Serialize;
-
 use super::{
     Failure,
-    mirrors::{MirrorArguments, Mirrors, Output},
-    print_json, runtime, signals,
+    mirrors::{MirrorArguments, Mirrors, Outcome, Output},
+    print_json, runtime,
 };
 use crate::{
     plan::Action,
-    registry::{Client, ClientOptions},
     sync::{ImagePreview, Preview, preview},
 };
-
-#[derive(Serialize)]
-struct Outcome {
-    namespace: String,
-    name: String,
-    #[serde(flatten)]
-    preview: Preview,
-}
 
 pub(super) fn run(arguments: &MirrorArguments) -> Result<(), Failure> {
     let mirrors = Mirrors::of(arguments)?;
@@ -29,35 +18,27 @@ pub(super) fn run(arguments: &MirrorArguments) -> Result<(), Failure> {
 }
 
 async fn plan_all(mirrors: &Mirrors, output: Output) -> Result<(), Failure> {
-    let cancel = signals();
-    let client = Client::new(ClientOptions::default());
-    mirrors.say_credentials();
-    let mut outcomes = Vec::new();
-    for mirror in &mirrors.validated {
-        let (request, registries) = mirrors.request(mirror, &client, &cancel).await?;
-        let preview = preview(&client, &request, &registries, &cancel).await.ok_or(Failure::Interrupted)?;
-        outcomes.push(Outcome { namespace: mirror.namespace.clone(), name: mirror.name.clone(), preview });
-    }
+    let outcomes = mirrors.each(preview).await?;
     match output {
         Output::Text => print!("{}", text(&outcomes)),
         Output::Json => print_json(&serde_json::json!({ "mirrors": outcomes }))?,
     }
-    let mut images = outcomes.iter().flat_map(|outcome| &outcome.preview.images);
+    let mut images = outcomes.iter().flat_map(|outcome| &outcome.report.images);
     if images.any(|image| image.failure.is_some()) {
         return Err(Failure::Reported);
     }
-    if outcomes.iter().any(|outcome| outcome.preview.writes().next().is_some()) { Err(Failure::Work) } else { Ok(()) }
+    if outcomes.iter().any(|outcome| outcome.report.writes().next().is_some()) { Err(Failure::Work) } else { Ok(()) }
 }
 
-fn text(outcomes: &[Outcome]) -> String {
+fn text(outcomes: &[Outcome<Preview>]) -> String {
     let mut text = String::new();
-    for Outcome { name, preview, .. } in outcomes {
-        for image in &preview.images {
+    for Outcome { name, report, .. } in outcomes {
+        for image in &report.images {
             // Writing to a String does not fail.
             let _ = writeln!(text, "{}", line(image));
         }
-        let (count, total) = (preview.writes().count(), preview.images.len());
-        let bytes: u64 = preview.images.iter().map(|image| image.bytes).sum();
+        let (count, total) = (report.writes().count(), report.images.len());
+        let bytes: u64 = report.images.iter().map(|image| image.bytes).sum();
         let _ = writeln!(text, "{name}: {count} of {total} tags to write, {bytes} bytes to copy");
     }
     text

@@ -2,27 +2,16 @@
 
 use std::{fmt::Write as _, sync::Arc};
 
-use serde::Serialize;
-
 use super::{
     Failure,
-    mirrors::{MirrorArguments, Mirrors, Output},
-    print_json, runtime, signals,
+    mirrors::{MirrorArguments, Mirrors, Outcome, Output},
+    print_json, runtime,
 };
 use crate::{
     copy::{Fence, Progress},
     plan::Action,
-    registry::{Client, ClientOptions},
     sync::{ImageReport, SyncReport, sync},
 };
-
-#[derive(Serialize)]
-struct Outcome {
-    namespace: String,
-    name: String,
-    #[serde(flatten)]
-    report: SyncReport,
-}
 
 pub(super) fn run(arguments: &MirrorArguments) -> Result<(), Failure> {
     let mirrors = Mirrors::of(arguments)?;
@@ -30,17 +19,10 @@ pub(super) fn run(arguments: &MirrorArguments) -> Result<(), Failure> {
 }
 
 async fn sync_all(mirrors: &Mirrors, output: Output) -> Result<(), Failure> {
-    let cancel = signals();
-    let client = Client::new(ClientOptions::default());
-    mirrors.say_credentials();
-    let mut outcomes = Vec::new();
-    for mirror in &mirrors.validated {
-        let (request, registries) = mirrors.request(mirror, &client, &cancel).await?;
-        let progress = Arc::new(Progress::default());
-        let report = sync(&client, &request, &registries, Fence::Open, progress, &cancel).await;
-        let report = report.ok_or(Failure::Interrupted)?;
-        outcomes.push(Outcome { namespace: mirror.namespace.clone(), name: mirror.name.clone(), report });
-    }
+    let outcomes = mirrors.each(async |client, request, registries, cancel| {
+        sync(client, request, registries, Fence::Open, Arc::new(Progress::default()), cancel).await
+    });
+    let outcomes = outcomes.await?;
     match output {
         Output::Text => print!("{}", text(&outcomes)),
         Output::Json => print_json(&serde_json::json!({ "mirrors": outcomes }))?,
@@ -53,7 +35,7 @@ async fn sync_all(mirrors: &Mirrors, output: Output) -> Result<(), Failure> {
     }
 }
 
-fn text(outcomes: &[Outcome]) -> String {
+fn text(outcomes: &[Outcome<SyncReport>]) -> String {
     let mut text = String::new();
     for Outcome { name, report, .. } in outcomes {
         for image in &report.images {

@@ -30,7 +30,8 @@ pub(super) async fn resolve(context: &Context, mirror: &ValidatedMirror) -> Resu
             Err(problem) => secrets.service_account_problem = Some(problem),
         }
     }
-    let settings = mirror.registries.values().filter_map(|settings| settings.cert_secret.as_ref());
+    let settings =
+        mirror.registries.values().flat_map(|settings| settings.cert_secret.iter().chain(&settings.proxy_secret));
     let names: BTreeSet<&String> = mirror
         .pull_secrets
         .iter()

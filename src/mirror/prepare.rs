@@ -3,7 +3,7 @@
 //! A missing Secret does not stop the run: images that another credential matches are copied, and only those that
 //! would go anonymous because of it fail with its reason. A bad Secret for the target fails all, without a request.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, sync::Arc};
 
 use crate::{
     auth::CredentialStore,
@@ -14,7 +14,7 @@ use crate::{
 };
 
 use super::{
-    secret::{Problem, Secrets, credentials, transport},
+    secret::{Problem, Secrets, credentials, proxy, transport},
     validate::{RegistrySettings, ValidatedMirror},
 };
 
@@ -51,8 +51,7 @@ pub fn prepare(
     let hosts = mirror.source_hosts().chain([&mirror.target_host]);
     for host in hosts {
         if !transports.contains_key(host) {
-            let found = transport_for(mirror.registries.get(host), secrets)
-                .map(|found| found.unwrap_or_else(|| operator_transport(host)));
+            let found = transport_for(mirror.registries.get(host), secrets, operator_transport(host));
             problems.extend(found.as_ref().err().cloned());
             transports.insert(host.clone(), found);
         }
@@ -165,16 +164,23 @@ fn target_is_unmatched(
     }
 }
 
-fn transport_for(settings: Option<&RegistrySettings>, secrets: &Secrets) -> Result<Option<Transport>, Problem> {
-    match settings {
-        Some(RegistrySettings { plain_http: true, .. }) => {
-            Ok(Some(Transport { plain_http: true, ..Transport::default() }))
-        }
-        Some(RegistrySettings { cert_secret: Some(name), .. }) => {
-            secrets.get(name).and_then(|secret| transport(name, secret)).map(Some)
-        }
-        _ => Ok(None),
-    }
+/// How a registry is reached: as the spec says, and where it says nothing, as the operator's configuration does.
+fn transport_for(
+    settings: Option<&RegistrySettings>,
+    secrets: &Secrets,
+    of_operator: Transport,
+) -> Result<Transport, Problem> {
+    let Some(settings) = settings else { return Ok(of_operator) };
+    let proxy = match &settings.proxy_secret {
+        Some(name) => Some(Arc::new(secrets.get(name).and_then(|secret| proxy(name, secret))?)),
+        None => of_operator.proxy.clone(),
+    };
+    let transport = match &settings.cert_secret {
+        _ if settings.plain_http => Transport { plain_http: true, ..Transport::default() },
+        Some(name) => secrets.get(name).and_then(|secret| transport(name, secret))?,
+        None => of_operator,
+    };
+    Ok(Transport { proxy, ..transport })
 }
 
 fn fingerprint(secrets: &Secrets) -> Digest {

@@ -10,7 +10,7 @@ use crate::{
     api::REGISTRY_OF_SECRET,
     auth::{Credential, CredentialStore},
     reason::Reason,
-    registry::Transport,
+    registry::{Proxy, Transport},
     sync::Failure,
 };
 
@@ -106,12 +106,28 @@ pub(super) fn transport(name: &str, secret: &Secret) -> Result<Transport, Proble
     if ca.is_none() && identity.is_none() {
         return Err(invalid(name, "it has none of the keys ca.crt, tls.crt and tls.key"));
     }
-    let transport = Transport { plain_http: false, ca, identity };
+    let transport = Transport { ca, identity, ..Transport::default() };
     transport.check().map_err(|error| Problem {
         reason: Reason::CertificateInvalid,
         message: format!("Secret {name:?} cannot be used: {error}"),
     })?;
     Ok(transport)
+}
+
+/// Reads a Secret as a proxy.
+pub(super) fn proxy(name: &str, secret: &Secret) -> Result<Proxy, Problem> {
+    let text = |key: &str| match value(secret, key).map(std::str::from_utf8) {
+        None => Ok(None),
+        Some(Ok(text)) => Ok(Some(text)),
+        Some(Err(_)) => Err(invalid(name, &format!("{key}: it is not text"))),
+    };
+    let address = text("address")?.ok_or_else(|| invalid(name, "its key address is missing"))?;
+    let login = match (text("username")?, text("password")?) {
+        (None, None) => None,
+        (Some(username), Some(password)) => Some((username.to_owned(), SecretString::from(password))),
+        _ => return Err(invalid(name, "username and password go together")),
+    };
+    Proxy::new(address, login).map_err(|error| invalid(name, &error.to_string()))
 }
 
 fn value<'a>(secret: &'a Secret, key: &str) -> Option<&'a [u8]> {
@@ -157,6 +173,22 @@ mod tests {
             assert_eq!(problem.reason, Reason::SecretInvalid);
             assert!(problem.message.contains(expected) && problem.message.contains("\"pull\""), "{}", problem.message);
             assert!(!problem.message.contains("hunter2"));
+        }
+    }
+
+    #[test]
+    fn a_proxy_is_an_address_and_perhaps_a_login() {
+        let found = |data: &[(&str, &str)]| proxy("p", &secret("Opaque", data, None));
+        let address = ("address", "http://proxy:3128");
+        assert!(found(&[address]).is_ok() && found(&[address, ("username", "u"), ("password", "p")]).is_ok());
+        for (data, expected) in [
+            (&[][..], "address is missing"),
+            (&[("address", "http://u:hunter2@proxy:3128")], "not http://host:port"),
+            (&[address, ("username", "u")], "go together"),
+        ] {
+            let problem = found(data).unwrap_err();
+            assert_eq!(problem.reason, Reason::SecretInvalid);
+            assert!(problem.message.contains(expected) && !problem.message.contains("hunter2"), "{}", problem.message);
         }
     }
 

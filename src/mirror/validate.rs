@@ -14,16 +14,14 @@ use crate::{
     api::v1alpha1::{Image, ImageMirror, ImageMirrorSpec, ReferrersPolicy, Select},
     copy::{CopyOptions, Referrers},
     oci::{Digest, Host, PlatformFilter, Reference, RepositoryName, Tag},
-    plan::{Overwrite, Policy, SourceMoved},
+    plan::Policy,
     schedule::{Calendar, DEFAULT_INTERVAL, MIN_INTERVAL, Schedule},
     select::{Rules, Selection},
-    sync::{ImageSource, MAX_IMAGES},
+    sync::ImageSource,
 };
 
 const DEFAULT_TIMEOUT: Duration = Duration::from_hours(6);
 const DEFAULT_TEMPLATE: &str = "{repository}";
-/// The status names so many images; what is ours is known of them alone.
-const MAX_OWNED: usize = 100;
 /// Errors that are said at once.
 const MAX_ERRORS: usize = 5;
 
@@ -102,6 +100,8 @@ pub struct RegistrySettings {
     pub plain_http: bool,
     /// The Secret with CA and client certificate.
     pub cert_secret: Option<String>,
+    /// The Secret with the proxy on the way there.
+    pub proxy_secret: Option<String>,
 }
 
 /// A spec that cannot be carried out, with every field that is wrong.
@@ -163,9 +163,6 @@ pub fn validate_with(mirror: &ImageMirror, refused: &[Violation]) -> Result<Vali
             }
             Err(message) => errors.0.push(message),
         }
-    }
-    if images.len() > MAX_IMAGES {
-        errors.add("spec.images", &format!("{} tags are wanted, at most {MAX_IMAGES} can be", images.len()));
     }
     errors.collisions(&images);
     let registries = errors.registries(spec);
@@ -261,12 +258,8 @@ impl Errors {
             source_moved: policy.source_moved.unwrap_or_default(),
             overwrite: policy.overwrite.unwrap_or_default(),
         };
-        let needs_memory = policy.overwrite == Overwrite::IfOwned || policy.source_moved == SourceMoved::Keep;
-        if needs_memory && images > MAX_OWNED {
-            let what = format!(
-                "overwrite IfOwned and sourceMoved Keep are for at most {MAX_OWNED} tags, and {images} are wanted: write several mirrors"
-            );
-            self.add("spec.policy", &what);
+        if let Some(what) = policy.too_many(images) {
+            self.add("spec.images", &what);
         }
         policy
     }
@@ -312,6 +305,7 @@ impl Errors {
             let settings = RegistrySettings {
                 plain_http: registry.plain_http.unwrap_or_default(),
                 cert_secret: registry.cert_secret_ref.as_ref().map(|secret| secret.name.clone()),
+                proxy_secret: registry.proxy_secret_ref.as_ref().map(|secret| secret.name.clone()),
             };
             if settings.plain_http && settings.cert_secret.is_some() {
                 self.add(&field, "plainHTTP and certSecretRef exclude each other");
@@ -536,7 +530,7 @@ mod tests {
                     (0..100).map(|n| format!("'{n}'")).collect::<Vec<_>>().join(", ")
                 ),
                 "  policy: {overwrite: IfOwned}",
-                "at most 100 tags, and 101 are wanted",
+                "spec.images: 101 tags are wanted, at most 100 can be with policy.overwrite IfOwned",
             ),
             ("[{source: 'gcr.io/a:1'}]", "  interval: 5s", "spec.interval: 5s is too short"),
             ("[{source: 'gcr.io/a:1'}]", "  interval: soon", "is not a duration"),

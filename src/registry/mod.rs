@@ -21,6 +21,7 @@ mod network;
 mod pace;
 #[cfg(test)]
 mod properties;
+mod proxy;
 mod pull;
 mod push;
 mod quirks;
@@ -37,6 +38,7 @@ pub use layout::{Layout, LayoutError, LayoutRepository};
 pub use list::{MAX_PAGES, TagList};
 pub use network::{Denied, Networks};
 pub use pace::Floor;
+pub use proxy::{Proxy, ProxyError};
 pub use push::{PutOptions, Stored};
 pub use quirks::{Quirks, UploadStrategy};
 pub use repository::{Access, Repository};

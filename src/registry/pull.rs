@@ -89,3 +89,60 @@ impl Pull {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        sync::atomic::{AtomicUsize, Ordering},
+        time::Duration,
+    };
+
+    use tokio::{
+        io::{AsyncReadExt as _, AsyncWriteExt as _},
+        net::TcpListener,
+    };
+
+    use super::*;
+    use crate::{
+        auth::CredentialStore,
+        oci::Digest,
+        registry::{Access, Client, ClientOptions, Floor, Timing, Transport},
+    };
+
+    /// More than is read at once.
+    const SIZE: usize = 200_000;
+
+    #[tokio::test]
+    async fn a_source_is_not_slow_because_nobody_reads() {
+        let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+        let host = listener.local_addr().unwrap().to_string();
+        let asked = Arc::<AtomicUsize>::default();
+        let count = Arc::clone(&asked);
+        let server = tokio::spawn(async move {
+            while let Ok((mut stream, _)) = listener.accept().await {
+                count.fetch_add(1, Ordering::Relaxed);
+                let _ = stream.read(&mut [0; 4096]).await;
+                let head = format!("HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: {SIZE}\r\n\r\n");
+                let _ = stream.write_all(&[head.as_bytes(), &vec![0; SIZE][..]].concat()).await;
+            }
+        });
+        let window = Duration::from_millis(500);
+        let timing = Timing { floor: Floor { per_second: 1 << 20, window }, ..Timing::default() };
+        let client = Client::new(ClientOptions { timing, ..ClientOptions::default() });
+        let transport = Transport { plain_http: true, ..Transport::default() };
+        let access = Access { host: host.parse().unwrap(), transport, credentials: CredentialStore::default() };
+        let source = Repository::for_pull(&client, &access, "a".parse().unwrap()).unwrap();
+        let blob =
+            Descriptor { media_type: String::new(), digest: Digest::sha256(b""), size: SIZE as u64, urls: Vec::new() };
+        let mut stream = source.pull(&blob, 0).await.unwrap();
+        let mut read = stream.next().await.unwrap().unwrap().len();
+        assert!(read < SIZE, "all of it at once");
+        // The target takes no more for longer than the window.
+        tokio::time::sleep(window + window / 5).await;
+        while let Some(chunk) = stream.next().await {
+            read += chunk.unwrap().len();
+        }
+        assert_eq!((read, asked.load(Ordering::Relaxed)), (SIZE, 1));
+        server.abort();
+    }
+}

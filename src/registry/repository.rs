@@ -25,6 +25,7 @@ use super::{
     known::Known,
     limits::LONGEST_WAIT,
     pace::Pace,
+    proxy::Proxy,
     send::{Authorization, Request, Response, host_of},
     transport::{Transport, TransportError},
     upload::MountFrom,
@@ -61,6 +62,7 @@ struct Inner {
     http: reqwest::Client,
     host: Host,
     plain_http: bool,
+    proxy: Option<Arc<Proxy>>,
     registry_key: String,
     known: Arc<Known>,
     name: RepositoryName,
@@ -96,6 +98,7 @@ impl Repository {
             http,
             host: access.host.clone(),
             plain_http: access.transport.plain_http,
+            proxy: access.transport.proxy.clone(),
             known: client.known(&access.host, &registry_key),
             registry_key,
             credentials: access.credentials.matching(&access.host, &name),
@@ -117,6 +120,11 @@ impl Repository {
     #[must_use]
     pub fn name(&self) -> &RepositoryName {
         &self.inner.name
+    }
+
+    /// What a connection for `url` is made to: that place, or the proxy on the way there.
+    pub(super) fn dialled<'a>(&'a self, url: &'a Url) -> &'a Url {
+        self.inner.proxy.as_deref().map_or(url, Proxy::address)
     }
 
     /// `host/name`, for messages.

@@ -249,7 +249,7 @@ impl Repository {
 
     async fn dispatch(&self, request: &Request, url: Url, authorization: &Authorization) -> Result<Response, Error> {
         let host = host_of(&url);
-        if let Err(denied) = self.client().networks().check_url(&url) {
+        if let Err(denied) = self.client().networks().check_url(self.dialled(&url)) {
             return Err(Error::new(ErrorKind::Denied(denied), request.step, &host, &request.subject));
         }
         let permit = self.place(&host, &authorization.identity, request).await?;

@@ -16,6 +16,7 @@ use secrecy::{ExposeSecret, SecretSlice};
 use super::{
     client::Timing,
     network::{Networks, Resolver},
+    proxy::Proxy,
 };
 use crate::oci::Digest;
 
@@ -28,6 +29,8 @@ pub struct Transport {
     pub ca: Option<Bytes>,
     /// Certificate chain (PEM) and key (PEM) to show to the registry.
     pub identity: Option<(Bytes, Arc<SecretSlice<u8>>)>,
+    /// The proxy that connections go through.
+    pub proxy: Option<Arc<Proxy>>,
 }
 
 /// Certificates that cannot be used.
@@ -58,6 +61,10 @@ impl Transport {
         if let Some((chain, key)) = &self.identity {
             part(chain);
             part(key.expose_secret());
+        }
+        if let Some(proxy) = &self.proxy {
+            part(b"proxy");
+            proxy.identity().into_iter().for_each(&mut part);
         }
         hasher.finish()
     }
@@ -101,11 +108,15 @@ impl Transport {
             .pool_idle_timeout(timing.pool_idle)
             .pool_max_idle_per_host(32)
             .tcp_nodelay(true)
-            // A proxy would resolve names out of sight of the closed networks.
+            // None from the environment: it would resolve names out of sight of the closed networks.
             .no_proxy()
             .dns_resolver(resolver)
             .user_agent(concat!("imagemirror/", env!("CARGO_PKG_VERSION")))
             .tls_backend_preconfigured(self.tls_config()?);
+        let builder = match &self.proxy {
+            None => builder,
+            Some(proxy) => builder.proxy(proxy.to_client().map_err(|_| TransportError::Client)?),
+        };
         builder.build().map_err(|_| TransportError::Client)
     }
 }
@@ -116,6 +127,7 @@ impl fmt::Debug for Transport {
             .field("plain_http", &self.plain_http)
             .field("ca", &self.ca.is_some())
             .field("identity", &self.identity.is_some())
+            .field("proxy", &self.proxy)
             .finish()
     }
 }

@@ -310,8 +310,8 @@ impl Upload {
             }
             (waited, remaining) = (waits, remains);
             if state.is_waiting_for_source() {
-                // Downloads have bounds of their own: look again when one of them is over.
-                sleep(timing.idle).await;
+                // Downloads have bounds of their own. It may be the target's turn again soon.
+                sleep(timing.idle.min(timing.floor.window)).await;
                 continue;
             }
             let patience = if state.is_sent() { timing.answer } else { timing.idle };

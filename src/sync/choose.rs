@@ -17,8 +17,6 @@ use crate::{
     select::Selection,
 };
 
-/// More wanted tags than this are not copied.
-pub const MAX_IMAGES: usize = 10_000;
 /// Lists that are read side by side.
 const LISTS_AT_ONCE: usize = 16;
 
@@ -73,10 +71,7 @@ pub async fn choose(
         };
         request.unknown.extend(failure.map(|failure| selection.unknown(registries, failure)));
     }
-    let wanted = request.images.len();
-    if wanted > MAX_IMAGES {
-        let message =
-            format!("{wanted} tags are wanted, at most {MAX_IMAGES} can be: narrow select, or write several mirrors");
+    if let Some(message) = request.policy.too_many(request.images.len()) {
         let failure = Failure::new(Reason::InvalidSpec, &message);
         request.images.clear();
         request.unknown = selections.iter().map(|each| each.unknown(registries, failure.clone())).collect();

@@ -24,6 +24,7 @@ pub mod supervisor;
 pub mod token;
 pub mod tools;
 pub mod trap;
+pub mod tunnel;
 pub mod witness;
 
 pub use client::Client;
@@ -34,3 +35,4 @@ pub use process::Process;
 pub use proxy::Proxy;
 pub use registry::{Registry, RegistryOptions, RegistryServer};
 pub use trap::Trap;
+pub use tunnel::Tunnel;

@@ -7,11 +7,12 @@ use imagemirror::api::{ImageMirrorStatus, v1alpha1::ImageState};
 use kube::api::{DeleteParams, Patch, PatchParams};
 use serde_json::{Value, json};
 use testenv::{
+    Tunnel,
     images::Image,
-    proxy::{Matcher, Proxy, Route},
+    proxy::{Action, Matcher, Proxy, Route},
 };
 
-use crate::support::{Place, condition, message};
+use crate::support::{Place, condition, eventually, message};
 
 fn image(seed: u64) -> Image {
     Image::single(seed, &[1000])
@@ -63,7 +64,7 @@ async fn a_list_that_cannot_be_read_fails_its_images_alone_and_is_tried_again() 
     let source = Proxy::to(place.env, &place.env.source).start().await?;
     place.pull_secret("pull", &[source.registry()]).await?;
     let list = Matcher::new().method("GET").route(Route::Tags).repository(&place.repository("agent"));
-    source.rule(list, testenv::proxy::Action::respond(500));
+    source.rule(list, Action::respond(500));
     let _operator = place.operator()?;
     let mut spec = place.spec(source.registry(), &place.env.target, &[("agent", &[]), ("operator", &["1.0"])]);
     spec["images"][0] = json!({"source": spec["images"][0]["source"], "select": {"semver": "*"}});
@@ -93,6 +94,31 @@ async fn of_two_images_that_are_selected_for_one_tag_the_first_has_it() -> Resul
     let failure = status.failures.first().context("no failure")?;
     ensure!(failure.reason.as_str() == "Conflict" && failure.source.contains("/b/agent:2.0"), "{failure:?}");
     ensure!(place.holds(&place.env.target, "agent", "2.0", &image(2)).await?);
+    Ok(())
+}
+
+#[tokio::test]
+async fn of_too_many_tags_none_is_copied() -> Result<()> {
+    let place = Place::new("select-many").await?;
+    push_all(&place, "agent", &["1"]).await?;
+    let source = Proxy::to(place.env, &place.env.source).start().await?;
+    place.pull_secret("pull", &[source.registry()]).await?;
+    let tags: Vec<String> = (0..10_001).map(|n| format!("1.{n}.0")).collect();
+    let list = json!({"name": place.repository("agent"), "tags": tags}).to_string();
+    let lists = Matcher::new().method("GET").route(Route::Tags);
+    source.rule(lists, Action::respond(200).header("Content-Type", "application/json").body(list));
+    let _operator = place.operator()?;
+    let mut spec = place.spec(source.registry(), &place.env.target, &[("agent", &["1"])]);
+    spec["images"][0]["select"] = json!({"semver": "1.x"});
+    place.apply("m", &spec).await?;
+    let status = place.until_reason("m", "InvalidSpec").await?.status.unwrap_or_default();
+    ensure!(
+        message(&status, "Ready").contains("10002 tags are wanted, at most 10000"),
+        "{}",
+        message(&status, "Ready")
+    );
+    ensure!(condition(&status, "Stalled") == ("", ""), "what rules choose may be less tomorrow");
+    ensure!(place.digest_of(&place.env.target, "agent", "1").await?.is_none(), "one was copied");
     Ok(())
 }
 
@@ -164,6 +190,28 @@ async fn a_tag_that_exists_is_never_overwritten() -> Result<()> {
 }
 
 #[tokio::test]
+async fn a_tag_with_some_platforms_is_left_at_every_run() -> Result<()> {
+    let place = Place::new("never-parts").await?;
+    let image = |seed| Image::multi_arch(seed, &[1000], &["linux/amd64", "linux/arm64"]);
+    place.push(&place.env.source, "agent", "1", &image(1)).await?;
+    let _operator = place.operator()?;
+    let mut spec = place.spec(&place.env.source, &place.env.target, &[("agent", &["1"])]);
+    spec["policy"] = json!({"overwrite": "Never"});
+    spec["images"][0]["platforms"] = json!(["linux/amd64"]);
+    place.apply("m", &spec).await?;
+    place.until_ready("m").await?;
+    let first = place.digest_of(&place.env.target, "agent", "1").await?;
+    place.push(&place.env.source, "agent", "1", &image(2)).await?;
+    for _ in 0..2 {
+        let status = place.request("m").await?.status.unwrap_or_default();
+        ensure!(states(&status) == [("1", ImageState::Skipped)], "{:?}", status.images);
+        ensure!(condition(&status, "TargetInSync") == ("False", "TargetChanged"), "{status:?}");
+        ensure!(place.digest_of(&place.env.target, "agent", "1").await? == first);
+    }
+    Ok(())
+}
+
+#[tokio::test]
 async fn a_tag_that_others_write_as_often_as_it_is_restored_is_left_to_them() -> Result<()> {
     let policy = Policy::new("flap", &json!({})).await?;
     let place = &policy.place;
@@ -194,10 +242,8 @@ async fn of_two_mirrors_that_want_one_tag_the_older_keeps_it() -> Result<()> {
     place.apply("older", &suspended).await?;
     // Ages are counted in seconds.
     let born = place.mirrors().get("older").await?.metadata.creation_timestamp.context("no creationTimestamp")?.0;
-    crate::support::eventually("the next second", || async {
-        Ok(jiff::Timestamp::now() > born + std::time::Duration::from_secs(1))
-    })
-    .await?;
+    eventually("the next second", || async { Ok(jiff::Timestamp::now() > born + std::time::Duration::from_secs(1)) })
+        .await?;
     place.apply("younger", &spec("b/agent")).await?;
     let _operator = place.operator()?;
     let status = place.until_reason("younger", "Conflict").await?.status.unwrap_or_default();
@@ -236,9 +282,34 @@ async fn a_run_that_was_missed_happens_once() -> Result<()> {
     // A run that is asked for is the second one only if no other has come in between.
     let target = place.request("m").await?.status.unwrap_or_default();
     ensure!(finished(&target) >= first);
-    // What is logged of a run comes after its status.
-    let ended = || async { Ok(operator.logged()?.matches("run ended").count() == 2) };
-    crate::support::eventually("two runs, and no more, to end", ended).await
+    // The log is written after the status.
+    let runs = || anyhow::Ok(operator.logged()?.matches("run ended").count());
+    eventually("the log of two runs", || async { Ok(runs()? >= 2) }).await?;
+    ensure!(runs()? == 2, "{} runs", runs()?);
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_registry_is_reached_through_the_proxy_that_is_named_for_it() -> Result<()> {
+    let place = Place::new("proxy").await?;
+    push_all(&place, "agent", &["1"]).await?;
+    let tunnel = Tunnel::start(Some(("tenant", "secret"))).await?;
+    let _operator = place.operator()?;
+    let mut spec = place.spec(&place.env.source, &place.env.target, &[("agent", &["1"])]);
+    spec["registries"][0]["proxySecretRef"] = json!({"name": "proxy"});
+    place.apply("m", &spec).await?;
+    place.until_reason("m", "SecretNotFound").await?;
+    let url = tunnel.url();
+    place.secret("proxy", "Opaque", &[("address", &url), ("username", "tenant"), ("password", "wrong")]).await?;
+    let status = place.until_reason("m", "SourceUnavailable").await?.status.unwrap_or_default();
+    ensure!(tunnel.refused() > 0 && tunnel.opened().is_empty(), "{:?}", tunnel.opened());
+    ensure!(!message(&status, "Ready").contains("wrong"), "{}", message(&status, "Ready"));
+    place.secret("proxy", "Opaque", &[("address", &url), ("username", "tenant"), ("password", "secret")]).await?;
+    place.until_ready("m").await?;
+    ensure!(place.holds(&place.env.target, "agent", "1", &image(1)).await?);
+    let opened = tunnel.opened();
+    ensure!(opened.contains(&place.env.source.host) && !opened.contains(&place.env.target.host), "{opened:?}");
+    Ok(())
 }
 
 /// The exit code and the output of a command on a mirror of `agent:1`.

@@ -338,7 +338,6 @@ async fn ends_inside(life: Life, at_source: bool, upload: UploadStrategy, cut: O
     let breaks = of_large.iter().filter(|put| put.status.is_none_or(|status| status >= 400)).count() as u64;
     let whole = large.bytes.len() as u64;
     ensure!(read - whole <= breaks * (3 << 19) && sent - whole <= breaks * (1 << 19), "{read} {sent}:{}", all());
-    ensure!(breaks <= 3, "{breaks} breaks:{}", all());
     ensure!(judge.holds(&to, "1", &image).await?, "it is not the same");
     Ok(())
 }

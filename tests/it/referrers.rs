@@ -432,6 +432,23 @@ async fn more_than_any_image_has_attached_is_refused() -> Result<()> {
 }
 
 #[tokio::test]
+async fn a_list_of_referrers_that_does_not_end_is_left() -> Result<()> {
+    let (source, target) = pair(Olareg, Distribution).await?;
+    client_of(source.registry())?.push("a", "1", &Image::single(182, &[300])).await?;
+    let proxy = Proxy::to(Env::get(), source.registry()).start().await?;
+    let referrers = Matcher::new().route(Route::Referrers);
+    let page = [vec![b' '; 3 << 20], Image::index_of(&[]).root.bytes.to_vec()].concat();
+    for number in 0..9 {
+        let next = format!("<?page={number}>; rel=\"next\"");
+        proxy.rule(referrers.clone().times(1), Do::respond(200).header("Link", &next).body(page.clone()));
+    }
+    let (reason, message) = Direct::of("a:1", "a:1").fails(proxy.registry(), target.registry()).await?;
+    ensure!(reason == Reason::SourceUnavailable && message.contains("larger than"), "{reason}: {message}");
+    ensure!(proxy.count(&referrers) == 6, "{} pages were read", proxy.count(&referrers));
+    Ok(())
+}
+
+#[tokio::test]
 async fn something_else_under_the_fallback_tag_is_no_list() -> Result<()> {
     let (source, target) = pair(Distribution, Distribution).await?;
     let (image, other) = (Image::single(190, &[300]), Image::single(191, &[300]));

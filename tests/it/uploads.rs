@@ -78,7 +78,10 @@ async fn image(size: usize) -> Result<(String, Image)> {
 
 fn client_with(registry: &Registry, quirks: Quirks) -> Result<Client> {
     let options = HostOptions { quirks: Some(quirks), ..HostOptions::default() };
-    let timing = crate::cases::client().timing().clone();
+    let mut timing = crate::cases::client().timing().clone();
+    // Long enough for a registry on a busy machine to take in what was under way when a connection broke.
+    timing.backoff_first = Duration::from_millis(200);
+    timing.backoff_max = timing.backoff_first;
     let hosts = [(registry.host.parse()?, options)].into();
     Ok(Client::new(ClientOptions { timing, hosts, ..ClientOptions::default() }))
 }

@@ -19,7 +19,7 @@ use super::bench::{
 };
 
 /// More than the buffers of a connection on this machine hold.
-static BIG: LazyLock<Image> = LazyLock::new(|| Image::single(441, &[16 << 20]));
+static BIG: LazyLock<Image> = LazyLock::new(|| Image::single(441, &[7 << 20]));
 
 pub(super) fn rows() -> Vec<Row> {
     [slow(), paused()].into_iter().flatten().collect()
@@ -77,6 +77,11 @@ async fn slow_target(bench: Bench, times: u32) -> Result<()> {
     bench.target.rule(put.clone().times(times), throttled(15_000));
     let mut options = options();
     floor(&mut options.timing);
+    if times > 1 {
+        options.timing.floor.window /= 3;
+    }
+    // What fills a buffer moves at once, and then nothing for long.
+    options.timing.idle = Duration::from_mins(2);
     let report = bench.copy_with(&Client::new(options), &bench.to).await?;
     if times == 1 {
         bench.copied(&report, &bench.to, &BIG).await?;

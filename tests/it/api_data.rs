@@ -13,8 +13,8 @@ use serde_json::{Map, Value, json};
 use crate::support::{Place, condition, message};
 
 const DIR: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/api");
-/// Requests that are under way at once.
-const AT_ONCE: usize = 16;
+/// Cases that are asked about at once: other tests run beside.
+const AT_ONCE: usize = 4;
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -91,9 +91,14 @@ async fn progress_is_seen_while_it_is_made() -> Result<()> {
     ensure!(condition(&status, "TargetInSync") == ("False", "Progressing"));
     let status = slow.place.until_ready("m").await?.status.unwrap_or_default();
     ensure!(status.progress.is_none());
-    let layers: usize = slow.image.blobs.iter().map(|blob| blob.bytes.len()).sum();
-    let copied = status.last_sync.context("lastSync")?.bytes_copied;
-    ensure!(copied == i64::try_from(layers)?, "{copied} bytes copied of {layers}");
+    let last = status.last_sync.context("lastSync")?;
+    let blobs = |is_counted: fn(usize) -> bool| -> usize {
+        slow.image.blobs.iter().map(|blob| blob.bytes.len()).filter(|size| is_counted(*size)).sum()
+    };
+    // A run that lost its lease on a busy machine has left the configurations there, which are small.
+    let (large, all) = (blobs(|size| size > 1000), blobs(|_| true));
+    let expected = if last.blobs_present == 0 { all..=all } else { large..=all };
+    ensure!(expected.contains(&usize::try_from(last.bytes_copied)?), "{last:?} of {all} bytes");
     Ok(())
 }
 

@@ -14,6 +14,7 @@ pub use preview::{ImagePreview, Preview, preview};
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
+    pin::Pin,
     sync::Arc,
     time::Duration,
 };
@@ -260,19 +261,14 @@ pub async fn sync(
     let run = Run::new(Arc::clone(&progress), fence);
     let deadline = Instant::now() + request.timeout;
     let handles = Handles::of(client, request, registries);
-    let one = async |(number, image)| {
+    let one = async |image| {
         let report = image_report(&run, request, image, &handles, deadline).await;
         progress.image_done();
-        (number, report)
+        report
     };
-    let images: Vec<_> = request.images.iter().enumerate().map(one).collect();
-    // In the order in which they end: one that takes long does not hold up those behind it.
-    let images = stream::iter(images).buffer_unordered(IMAGES_AT_ONCE).collect::<Vec<_>>();
-    let images = cancel.run_until_cancelled(images).await;
+    let images = cancel.run_until_cancelled(in_order(request.images.iter().map(one))).await;
     run.clean_up().await;
-    let mut images = images?;
-    images.sort_by_key(|(number, _)| *number);
-    let images = images.into_iter().map(|(_, report)| report);
+    let images = images?.into_iter();
     let images = images.chain(request.unknown.iter().map(ImageReport::of_unknown)).collect();
     Some(SyncReport { started_at, finished_at: Timestamp::now(), images, totals: run.totals() })
 }
@@ -285,14 +281,7 @@ async fn image_report(
     deadline: Instant,
 ) -> ImageReport {
     let mut report = ImageReport::of(image, handles.destination());
-    let outcome = match &image.blocked {
-        Some(failure) => Err(failure.clone()),
-        None => match timeout_at(deadline, sync_image(run, request, image, handles)).await {
-            Ok(outcome) => outcome.map_err(ImageError::into_failure),
-            Err(_) => Err(out_of_time(request)),
-        },
-    };
-    match outcome {
+    match unless_blocked(request, image, deadline, Box::pin(sync_image(run, request, image, handles))).await {
         Ok(Outcome { digest, source_digest, action, replaced }) => {
             if action != Action::Unchanged {
                 let what = if action.writes() { "image copied" } else { "image left as it is" };
@@ -317,9 +306,33 @@ async fn image_report(
     report
 }
 
-fn out_of_time(request: &SyncRequest) -> Failure {
-    let message = format!("the run took longer than spec.timeout ({}s)", request.timeout.as_secs());
-    Failure { reason: Reason::Timeout, message }
+/// What many futures come to, in the order in which they were given. They go on side by side, and one that takes long does
+/// not hold up those behind it.
+async fn in_order<F: Future>(futures: impl Iterator<Item = F>) -> Vec<F::Output> {
+    let numbered: Vec<_> = futures.enumerate().map(|(number, one)| async move { (number, one.await) }).collect();
+    let mut done: Vec<_> = stream::iter(numbered).buffer_unordered(IMAGES_AT_ONCE).collect().await;
+    done.sort_by_key(|(number, _)| *number);
+    done.into_iter().map(|(_, output)| output).collect()
+}
+
+/// What `work` on an image comes to, if nothing blocks the image and the time of the run is enough. Pinned in a box, made
+/// when it is the image's turn: what waits for its turn, thousands of images perhaps, takes no room for it.
+async fn unless_blocked<T>(
+    request: &SyncRequest,
+    image: &ImageRequest,
+    deadline: Instant,
+    work: Pin<Box<impl Future<Output = Result<T, ImageError>>>>,
+) -> Result<T, Failure> {
+    if let Some(failure) = &image.blocked {
+        return Err(failure.clone());
+    }
+    match timeout_at(deadline, work).await {
+        Ok(outcome) => outcome.map_err(ImageError::into_failure),
+        Err(_) => {
+            let message = format!("the run took longer than spec.timeout ({}s)", request.timeout.as_secs());
+            Err(Failure { reason: Reason::Timeout, message })
+        }
+    }
 }
 
 impl SyncReport {
@@ -362,11 +375,10 @@ impl ImageReport {
     /// Of an image that nothing is known of yet.
     #[must_use]
     pub fn of(image: &ImageRequest, destination: &Destination) -> Self {
-        let (host, repository, tag) = destination.place_of(image);
         Self {
             source: format!("{}/{}", image.source.host, image.source.repository),
             tag: image.source.tag.as_ref().map_or_else(|| image.source.wanted(), ToString::to_string),
-            target: format!("{host}/{repository}:{tag}"),
+            target: destination.target_of(image),
             digest: None,
             source_digest: None,
             action: None,

@@ -2,7 +2,7 @@
 //! the other's image fails, and nobody takes turns in writing it.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     hash::{BuildHasher as _, RandomState},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
@@ -15,7 +15,7 @@ use crate::{
     api::ImageMirror,
     mirror::validate,
     reason::Reason,
-    sync::{Destination, Failure, ImageReport, SyncRequest},
+    sync::{Destination, Failure, SyncRequest},
 };
 
 /// A target tag. Hashed, because there may be a hundred thousand of them.
@@ -47,9 +47,18 @@ struct Object {
 struct Claimant {
     object: Arc<Object>,
     /// Tags that the spec names.
-    literal: Vec<Key>,
-    /// Tags that the last run chose.
-    chosen: Vec<Key>,
+    literal: HashSet<Key>,
+    /// Tags that the last run of everything chose, and those after it.
+    chosen: HashSet<Key>,
+}
+
+/// What the images of a run are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Scope {
+    /// All that the object wants.
+    All,
+    /// Some: it wants the others still.
+    Some,
 }
 
 impl Claims {
@@ -63,7 +72,7 @@ impl Claims {
         let Some(uid) = meta.uid.clone() else { return };
         let validated = validate(mirror).ok();
         let literal = validated.iter().flat_map(|mirror| mirror.images.iter().map(|image| mirror.target_of(image)));
-        let literal: Vec<Key> = literal.map(|target| self.key(&target)).collect();
+        let literal: HashSet<Key> = literal.map(|target| self.key(&target)).collect();
         let object = Object {
             created: meta.creation_timestamp.as_ref().map_or(Timestamp::MAX, |time| time.0),
             uid: uid.clone(),
@@ -74,7 +83,8 @@ impl Claims {
         let before = inner.remove(&uid);
         // What is chosen is known again after the next run; until then it is as it was.
         let chosen = before.map(|before| before.chosen).unwrap_or_default();
-        let chosen = if validated.is_some_and(|mirror| !mirror.selections.is_empty()) { chosen } else { Vec::new() };
+        let chosen =
+            if validated.is_some_and(|mirror| !mirror.selections.is_empty()) { chosen } else { HashSet::new() };
         inner.insert(uid, Claimant { object: Arc::new(object), literal, chosen });
     }
 
@@ -95,14 +105,16 @@ impl Claims {
     }
 
     /// A run of an object is about these images. Those whose tag an older object wants are blocked.
-    pub(super) fn settle(&self, uid: &str, request: &mut SyncRequest, destination: &Destination) {
-        let targets: Vec<String> =
-            request.images.iter().map(|image| ImageReport::of(image, destination).target).collect();
+    pub(super) fn settle(&self, uid: &str, request: &mut SyncRequest, destination: &Destination, scope: Scope) {
+        let targets: Vec<String> = request.images.iter().map(|image| destination.target_of(image)).collect();
         let keys: Vec<Key> = targets.iter().map(|target| self.key(target)).collect();
         let mut inner = self.inner();
         let Some(mut claimant) = inner.remove(uid) else { return };
         let object = Arc::clone(&claimant.object);
-        claimant.chosen = keys.iter().filter(|key| !claimant.literal.contains(key)).copied().collect();
+        if scope == Scope::All {
+            claimant.chosen.clear();
+        }
+        claimant.chosen.extend(keys.iter().filter(|key| !claimant.literal.contains(key)));
         inner.insert(uid.to_owned(), claimant);
         for ((image, target), key) in request.images.iter_mut().zip(&targets).zip(&keys) {
             let oldest = inner.claims.get(key).and_then(|objects| objects.iter().min());
@@ -154,6 +166,7 @@ mod tests {
 
     use super::*;
     use crate::{
+        api::v1alpha1::Select,
         mirror::{Secrets, prepare},
         registry::Transport,
     };
@@ -172,7 +185,7 @@ mod tests {
         let validated = validate(mirror).unwrap();
         let prepared = prepare(&validated, &Secrets::default(), |_| Transport::default(), &BTreeMap::new());
         let mut request = prepared.request;
-        claims.settle(&validated.name, &mut request, &prepared.registries.target);
+        claims.settle(&validated.name, &mut request, &prepared.registries.target, Scope::All);
         request.images.into_iter().map(|image| image.blocked.map(|failure| failure.message)).collect()
     }
 
@@ -211,5 +224,27 @@ mod tests {
         claims.shown(&a);
         assert_eq!(blocked(&claims, &a), [None]);
         assert!(blocked(&claims, &b)[0].is_some());
+    }
+
+    #[test]
+    fn a_run_of_some_images_gives_up_none_of_the_others() {
+        let claims = Claims::new();
+        let object = mirror("m", "n", "2026-01-01T00:00:00Z", "x");
+        let mut selecting = object.clone();
+        selecting.spec.images[0].tags.clear();
+        selecting.spec.images[0].select = Some(Select { pattern: Some(".*".into()), ..Select::default() });
+        claims.shown(&selecting);
+        let chosen = mirror("m", "n", "2026-01-01T00:00:00Z", "x, y");
+        let run = |tags: &[usize], scope| {
+            let prepared =
+                prepare(&validate(&chosen).unwrap(), &Secrets::default(), |_| Transport::default(), &BTreeMap::new());
+            let images = tags.iter().map(|tag| prepared.request.images[*tag].clone()).collect();
+            let mut request = SyncRequest { images, ..prepared.request };
+            claims.settle("m", &mut request, &prepared.registries.target, scope);
+            claims.inner().claims.len()
+        };
+        assert_eq!(run(&[0, 1], Scope::All), 2);
+        assert_eq!(run(&[0], Scope::Some), 2);
+        assert_eq!(run(&[0], Scope::All), 1);
     }
 }

@@ -18,7 +18,11 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::Instrument as _;
 
-use super::{claims::Claims, context::Identity, turns::Turns};
+use super::{
+    claims::{Claims, Scope},
+    context::Identity,
+    turns::Turns,
+};
 use crate::{
     api::ImageMirror,
     config::Config,
@@ -249,17 +253,17 @@ impl Runner {
     async fn carry_out(&self, job: &Job, progress: Arc<Progress>, cancel: &CancellationToken) -> Option<SyncReport> {
         let Prepared { request, selections, registries, .. } = &job.prepared;
         let (client, target) = (&self.inner.registry, &registries.target);
-        let (mut request, mut selections) = (request.clone(), selections.clone());
+        let mut selections = selections.clone();
         if let Some(completes) = &job.completes {
-            request.images.retain(|image| completes.is_due(&ImageReport::of(image, target).target));
             selections.retain(|selection| completes.is_any_due(&selection.target_of(registries)));
         }
-        let mut request = choose(client, request, &selections, registries, cancel).await?;
+        let mut request = choose(client, request.clone(), &selections, registries, cancel).await?;
+        let scope = if job.completes.is_some() { Scope::Some } else { Scope::All };
         if let Some(completes) = &job.completes {
-            request.images.retain(|image| completes.is_due(&ImageReport::of(image, target).target));
+            request.images.retain(|image| completes.is_due(&target.target_of(image)));
         }
         cancel.run_until_cancelled(self.inner.claims.known()).await?;
-        self.inner.claims.settle(&job.id.uid, &mut request, target);
+        self.inner.claims.settle(&job.id.uid, &mut request, target, scope);
         self.mark_contested(&job.id.uid, &mut request, target);
         sync(client, &request, registries, self.inner.fence.clone(), progress, cancel).await
     }
@@ -273,8 +277,7 @@ impl Runner {
         let slots = self.slots();
         let Some(slot) = slots.live.get(uid).filter(|slot| !slot.restores.is_empty()) else { return };
         for image in &mut request.images {
-            let restores =
-                slot.restores.get(&ImageReport::of(image, target).target).map(Vec::as_slice).unwrap_or_default();
+            let restores = slot.restores.get(&target.target_of(image)).map(Vec::as_slice).unwrap_or_default();
             let recent = restores.iter().filter(|at| at.elapsed() < self.inner.restore_window).count();
             image.is_contested = recent >= MAX_RESTORES;
         }

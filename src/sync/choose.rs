@@ -51,6 +51,9 @@ pub async fn choose(
     registries: &Registries,
     cancel: &CancellationToken,
 ) -> Option<SyncRequest> {
+    if selections.is_empty() {
+        return Some(request);
+    }
     let deadline = Instant::now() + request.timeout;
     let lists = read_lists(client, selections, registries, deadline);
     let lists = cancel.run_until_cancelled(lists).await?;

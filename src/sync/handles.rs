@@ -101,6 +101,13 @@ impl Destination {
         }
     }
 
+    /// The target of an image with its tag, as reports name it.
+    #[must_use]
+    pub fn target_of(&self, image: &ImageRequest) -> String {
+        let (host, repository, tag) = self.place_of(image);
+        format!("{host}/{repository}:{tag}")
+    }
+
     /// Where an image goes. In a directory it keeps the name that it has at its source.
     pub(super) fn place_of(&self, image: &ImageRequest) -> (Host, RepositoryName, Tag) {
         match self {

@@ -5,16 +5,15 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use futures::{StreamExt as _, stream};
 use serde::Serialize;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    Failure, IMAGES_AT_ONCE, ImageReport, ImageRequest, Registries, SyncRequest,
+    Failure, ImageReport, ImageRequest, Registries, SyncRequest,
     handles::Handles,
     image::{ImageError, plan_image},
-    out_of_time,
+    in_order, unless_blocked,
 };
 use crate::{
     copy::{Fence, Progress, Run, missing},
@@ -71,26 +70,17 @@ pub async fn preview(
     let handles = Handles::of(client, request, registries);
     let counted = Mutex::default();
     let deadline = Instant::now() + request.timeout;
-    let one = async |(number, image): (usize, &ImageRequest)| {
-        let report = ImageReport::of(image, handles.destination());
-        let found = match &image.blocked {
-            Some(failure) => Err(failure.clone()),
-            None => match timeout_at(deadline, image_preview(&run, request, image, &handles, &counted)).await {
-                Ok(found) => found.map_err(ImageError::into_failure),
-                Err(_) => Err(out_of_time(request)),
-            },
-        };
-        (number, ImagePreview::of(report, found))
+    let one = async |image: &ImageRequest| {
+        let found = Box::pin(image_preview(&run, request, image, &handles, &counted));
+        let found = unless_blocked(request, image, deadline, found).await;
+        ImagePreview::of(ImageReport::of(image, handles.destination()), found)
     };
-    let images: Vec<_> = request.images.iter().enumerate().map(one).collect();
-    let images = stream::iter(images).buffer_unordered(IMAGES_AT_ONCE).collect::<Vec<_>>();
-    let mut images = cancel.run_until_cancelled(images).await?;
-    images.sort_by_key(|(number, _)| *number);
+    let images = cancel.run_until_cancelled(in_order(request.images.iter().map(one))).await?;
     let unknown = request
         .unknown
         .iter()
         .map(|unknown| ImagePreview::of(ImageReport::of_unknown(unknown), Err(unknown.failure.clone())));
-    Some(Preview { images: images.into_iter().map(|(_, image)| image).chain(unknown).collect() })
+    Some(Preview { images: images.into_iter().chain(unknown).collect() })
 }
 
 struct Found {

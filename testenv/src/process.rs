@@ -74,6 +74,11 @@ impl Process {
         self.child.wait().await.with_context(|| format!("wait for {}", self.name))
     }
 
+    /// Whether the process itself has not ended yet.
+    pub fn is_running(&mut self) -> Result<bool> {
+        Ok(self.child.try_wait()?.is_none())
+    }
+
     /// SIGTERM, and SIGKILL if it has not ended three seconds later.
     pub async fn stop(mut self) -> Result<()> {
         if self.child.try_wait()?.is_none() {

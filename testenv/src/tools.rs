@@ -60,7 +60,7 @@ const MODULES: [Module; 4] = [
         name: "cluster",
         programs: &[
             Program { name: "etcd", package: "go.etcd.io/etcd/server/v3", built_as: "server" },
-            program("helm", "helm.sh/helm/v3/cmd/helm"),
+            program("helm", "helm.sh/helm/v4/cmd/helm"),
         ],
         ldflags: "-s -w",
         takes: "2 minutes",

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use testenv::{
     Tunnel,
     images::Image,
-    proxy::{Action, Matcher, Proxy, Route},
+    proxy::{Action, Gate, Matcher, Proxy, Route},
 };
 
 use crate::support::{Place, condition, eventually, message};
@@ -259,6 +259,80 @@ async fn of_two_mirrors_that_want_one_tag_the_older_keeps_it() -> Result<()> {
 }
 
 #[tokio::test]
+async fn a_tag_belongs_to_the_older_mirror_also_across_namespaces_which_are_not_named() -> Result<()> {
+    let (theirs, ours) = (Place::new("conflict-theirs").await?, Place::new("conflict-ours").await?);
+    push_all(&theirs, "a/agent", &["1"]).await?;
+    push_all(&ours, "b/agent", &["1"]).await?;
+    let spec = |place: &Place, name| {
+        let mut spec = place.spec(&place.env.source, &place.env.target, &[(name, &["1"])]);
+        spec["target"]["repository"] = json!(theirs.repository("agent"));
+        spec
+    };
+    let _operator = theirs.operator_beside(&ours)?;
+    theirs.apply("first-come", &spec(&theirs, "a/agent")).await?;
+    let older = theirs.until_ready("first-come").await?;
+    let born = older.metadata.creation_timestamp.context("no creationTimestamp")?.0;
+    eventually("the next second", || async { Ok(jiff::Timestamp::now() > born + std::time::Duration::from_secs(1)) })
+        .await?;
+    ours.apply("m", &spec(&ours, "b/agent")).await?;
+    let status = ours.until_reason("m", "Conflict").await?.status.unwrap_or_default();
+    let shown = serde_json::to_string(&status)?;
+    ensure!(!shown.contains("first-come") && !shown.contains(&format!("{}\"", theirs.namespace)), "{shown}");
+    theirs.mirrors().delete("first-come", &DeleteParams::default()).await?;
+    ours.until_ready("m").await?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn after_a_restart_what_is_overdue_starts_a_few_at_a_time_and_the_rest_when_it_is_due() -> Result<()> {
+    const OVERDUE: usize = 30;
+    let place = Place::new("restart").await?;
+    push_all(&place, "agent", &["1"]).await?;
+    let target = Proxy::to(place.env, &place.env.target).start().await?;
+    place.pull_secret("push", &[target.registry()]).await?;
+    let operator = place.operator()?;
+    let names: Vec<String> = (0..OVERDUE + 10).map(|n| format!("m{n}")).collect();
+    for (n, name) in names.iter().enumerate() {
+        let mut spec = place.spec(&place.env.source, target.registry(), &[("agent", &["1"])]);
+        spec["images"][0] = json!({"source": format!("{}:1", spec["images"][0]["source"].as_str().unwrap_or_default()), "targetTags": [format!("t{n}")]});
+        place.apply(name, &spec).await?;
+    }
+    for name in &names {
+        place.until_ready(name).await?;
+    }
+    operator.process.kill().await?;
+    for name in &names[..OVERDUE] {
+        let patch = json!({"status": {"lastSync": {"finishedAt": "2020-06-01T00:00:00Z"}}});
+        place.mirrors().patch_status(name, &PatchParams::default(), &Patch::Merge(&patch)).await?;
+    }
+
+    target.forget();
+    let gate = Gate::new();
+    let looks = Matcher::new().method("HEAD").route(Route::Manifest);
+    target.rule(looks.clone(), Action::Gate(gate.clone()));
+    let config = json!({"limits": {"runs": 3}, "networks": {"allow": ["127.0.0.0/8", "::1"]}});
+    let operator = place.operator_from(config, &json!({}), "debug")?;
+    gate.arrived(3).await?;
+    let waiting = format!("imagemirror_queue_depth {}\n", OVERDUE - 3);
+    eventually("all the others to wait for their turn", || async {
+        Ok(operator.get("/metrics").await?.1.contains(&waiting))
+    })
+    .await?;
+    ensure!(target.count(&looks) == 3, "more are under way than may be");
+    gate.open();
+    let old: jiff::Timestamp = "2021-01-01T00:00:00Z".parse()?;
+    for name in &names[..OVERDUE] {
+        let is_new = |status: &ImageMirrorStatus| status.last_sync.as_ref().is_some_and(|last| last.finished() > old);
+        place.until(name, "the overdue run", is_new).await?;
+    }
+    let log = target.requests();
+    let answered =
+        log.iter().filter(|exchange| looks.matches(&exchange.key, "") && exchange.status == Some(200)).count();
+    ensure!(answered == OVERDUE, "{answered} looks for {OVERDUE} overdue objects");
+    Ok(())
+}
+
+#[tokio::test]
 async fn a_run_that_was_missed_happens_once() -> Result<()> {
     let place = Place::new("calendar").await?;
     push_all(&place, "agent", &["1"]).await?;
@@ -313,9 +387,11 @@ async fn a_registry_is_reached_through_the_proxy_that_is_named_for_it() -> Resul
 }
 
 /// The exit code and the output of a command on a mirror of `agent:1`.
-fn command(place: &Place, command: &str, policy: &Value) -> Result<(Option<i32>, String)> {
+fn command(place: &Place, command: &str, changes: &Value) -> Result<(Option<i32>, String)> {
     let mut spec = place.spec(&place.env.source, &place.env.target, &[("agent", &["1"])]);
-    spec["policy"] = policy.clone();
+    for (key, value) in changes.as_object().into_iter().flatten() {
+        spec[key] = value.clone();
+    }
     let mirror = json!({
         "apiVersion": "imagemirror.dev/v1alpha1", "kind": "ImageMirror",
         "metadata": {"name": "m", "namespace": place.namespace}, "spec": spec,
@@ -358,7 +434,7 @@ async fn a_plan_says_what_a_sync_does_and_exit_codes_say_what_came_of_it() -> Re
     ensure!(code == Some(0) && said.starts_with("unchanged"), "{said}");
 
     place.push(&place.env.target, "agent", "1", &image(2)).await?;
-    let never = json!({"overwrite": "Never"});
+    let never = json!({"policy": {"overwrite": "Never"}});
     for subcommand in ["plan", "sync"] {
         let (code, said) = command(&place, subcommand, &never)?;
         let expected = if subcommand == "plan" { 0 } else { 3 };
@@ -370,9 +446,14 @@ async fn a_plan_says_what_a_sync_does_and_exit_codes_say_what_came_of_it() -> Re
     ensure!(place.holds(&place.env.target, "agent", "1", &image(2)).await?);
     let (code, said) = command(&place, "plan", &any)?;
     ensure!(code == Some(4) && said.starts_with("update"), "{said}");
+    push_all(&place, "agent", &["1", "2", "3"]).await?;
+    let source = format!("{}/{}", place.env.source.host, place.repository("agent"));
+    let chosen = json!({"images": [{"source": source, "select": {"pattern": "[23]"}}]});
+    let (code, said) = command(&place, "plan", &chosen)?;
+    ensure!(code == Some(4) && said.contains("agent:3") && said.contains("2 of 2 tags"), "{said}");
     let (code, said) = command(&place, "validate", &any)?;
     ensure!(code == Some(0) && said.contains("valid"), "{said}");
-    let (code, _) = command(&place, "validate", &json!({"overwrite": "Sometimes"}))?;
+    let (code, _) = command(&place, "validate", &json!({"policy": {"overwrite": "Sometimes"}}))?;
     ensure!(code == Some(2), "{code:?}");
     Ok(())
 }

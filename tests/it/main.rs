@@ -28,3 +28,4 @@ mod statuses;
 mod support;
 mod tags;
 mod uploads;
+mod waiting;

@@ -70,7 +70,7 @@ impl Place {
         let metadata = ObjectMeta { name: Some(namespace.clone()), ..ObjectMeta::default() };
         let object = Namespace { metadata, ..Namespace::default() };
         Api::<Namespace>::all(client.clone()).create(&PostParams::default(), &object).await?;
-        install_rbac(env, &namespace)?;
+        install_rbac(env, &namespace, &[&namespace])?;
         let token = kubectl(env, &["create", "token", "imagemirror", "-n", &namespace, "--duration=1h"])?;
         let kubeconfig = env.run_dir.join(format!("{namespace}.kubeconfig"));
         std::fs::write(&kubeconfig, env.kubeconfig_for(token.trim()))?;
@@ -97,6 +97,18 @@ impl Place {
     }
 
     pub(crate) fn operator_in(&self, networks: &Value, timing: &Value, level: &str) -> Result<Operator> {
+        self.operator_from(json!({"networks": networks}), timing, level)
+    }
+
+    /// An operator that serves another place too, as one that is installed for both namespaces.
+    pub(crate) fn operator_beside(&self, other: &Self) -> Result<Operator> {
+        install_rbac(self.env, &self.namespace, &[&self.namespace, &other.namespace])?;
+        let changes = json!({"watchNamespaces": [self.namespace, other.namespace], "networks": {"allow": ["127.0.0.0/8", "::1"]}});
+        self.operator_from(changes, &json!({}), "debug")
+    }
+
+    /// An operator with more of a configuration than its timing.
+    pub(crate) fn operator_from(&self, mut config: Value, timing: &Value, level: &str) -> Result<Operator> {
         let mut times = json!({
             "apiTimeout": "5s", "leaseDuration": "3s", "leaseRenew": "500ms", "tagWriteTimeout": "1200ms", "tagWriteMargin": "2200ms",
             "retryTransientMin": "500ms", "retryTransientMax": "2s", "retryAuth": "10m", "secretRetry": "200ms",
@@ -106,7 +118,10 @@ impl Place {
         if let (Some(times), Some(changes)) = (times.as_object_mut(), timing.as_object()) {
             times.extend(changes.clone());
         }
-        let config = json!({"watchNamespaces": [self.namespace], "timing": times, "networks": networks});
+        config["timing"] = times;
+        if config.get("watchNamespaces").is_none() {
+            config["watchNamespaces"] = json!([self.namespace]);
+        }
         let name = format!("{}-{:06x}", self.namespace, fastrand::u32(..0x100_0000));
         let path = self.env.run_dir.join(format!("{name}.yaml"));
         std::fs::write(&path, config.to_string())?;
@@ -348,14 +363,14 @@ async fn install_crd(env: &Env) -> Result<()> {
     INSTALLED.get_or_try_init(install).await.map(|&()| ())
 }
 
-/// The ServiceAccount and the roles of the chart, for one namespace: a right that is missing fails a test.
-fn install_rbac(env: &Env, namespace: &str) -> Result<()> {
-    let watched = format!("watchNamespaces={{{namespace}}}");
+/// The ServiceAccount and the roles of the chart, for these namespaces: a right that is missing fails a test.
+fn install_rbac(env: &Env, namespace: &str, watched: &[&str]) -> Result<()> {
+    let watched = format!("watchNamespaces={{{}}}", watched.join(","));
     let only =
         ["--show-only", "templates/rbac.yaml", "--show-only", "templates/serviceaccount.yaml", "--set", &watched];
     let objects = rendered_chart(env, namespace, &only)?;
     let mut apply = Command::new(env.tools.join("kubectl"));
-    apply.arg("--kubeconfig").arg(&env.kubeconfig).args(["apply", "-n", namespace, "-f", "-"]);
+    apply.arg("--kubeconfig").arg(&env.kubeconfig).args(["apply", "-f", "-"]);
     run(&mut apply, Some(&objects)).map(|_| ())
 }
 

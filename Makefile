@@ -55,6 +55,14 @@ bench: release ## Measure against crane, regsync and others, and write benches/R
 	  --binary $(BINARY) --results benches/RESULTS.md $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(DEADLINE),--deadline $(DEADLINE)) \
 	  $(addprefix --peer ,$(BENCH_PEERS)) $(addprefix --workload ,$(WORKLOADS)) $(addprefix --client ,$(CLIENTS))
 
+# SCALE is further options, such as `--mirrors 100 --tags 10`.
+.PHONY: scale
+scale: release ## Measure the operator with 1,000 objects and 50,000 tags, and write benches/SCALE.md
+	$(STATIC) cargo build --release --locked -p imagemirror-bench --target $(TRIPLE)
+	cargo build --locked -p testenv
+	$(if $(wildcard /dev/shm),TMPDIR=/dev/shm) $(TARGET_DIR)/debug/testenv up -- \
+	  $(TARGET_DIR)/$(TRIPLE)/release/imagemirror-bench scale --binary $(BINARY) --results benches/SCALE.md $(SCALE)
+
 # What is new goes to $(FUZZ_DIR)/corpus, what breaks a target to fuzz/artifacts; fuzz/corpus stays as it was written.
 .PHONY: fuzz
 fuzz: ## Fuzz what reads text of others, FUZZ_SECONDS=10 each of FUZZ_TARGETS; needs a C++ compiler

@@ -1,5 +1,6 @@
 //! `make bench`: ImageMirror beside other tools that copy images, over TLS, between real registries on this machine, once
 //! directly and once with round trips of 20 ms at both sides. Prints what each took and writes `benches/RESULTS.md`.
+//! `make scale`: the operator with many objects; `benches/SCALE.md`.
 
 mod floor;
 mod machine;
@@ -7,6 +8,7 @@ mod measure;
 mod peers;
 mod report;
 mod rounds;
+mod scale;
 mod selection;
 mod workload;
 
@@ -33,6 +35,8 @@ struct Arguments {
 enum Sub {
     /// Measure, print the tables and write them to a file.
     Run(Options),
+    /// Measure the operator with many objects, in an environment of `testenv up`.
+    Scale(scale::Options),
     /// The least that a client can do, as a client (src/floor.rs).
     #[command(hide = true)]
     Floor { source: String, target: String, list: PathBuf, ca: PathBuf },
@@ -77,6 +81,7 @@ struct Options {
 fn main() -> ExitCode {
     let result = match Arguments::parse().command {
         Sub::Run(options) => run(&options),
+        Sub::Scale(options) => scale(&options).map(|()| 0),
         Sub::Floor { source, target, list, ca } => floor::run(&source, &target, &list, &ca).map(|()| 0),
         Sub::Measure { report, command } => measure::run(&report, &command).map(|()| 0),
         Sub::Guard => guard::run().map(|()| 0),
@@ -88,6 +93,10 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+fn scale(options: &scale::Options) -> Result<()> {
+    tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(scale::run(options))
 }
 
 fn run(options: &Options) -> Result<u8> {

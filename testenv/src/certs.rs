@@ -131,7 +131,7 @@ pub fn client_config(ca_pem: &str) -> Result<Arc<rustls::ClientConfig>> {
 }
 
 /// An HTTP client that trusts `ca_pem` alone, takes no proxy from the environment and follows no redirect.
-pub(crate) fn http_client(ca_pem: &str, identity: Option<&Identity>) -> Result<reqwest::Client> {
+pub fn http_client(ca_pem: &str, identity: Option<&Identity>) -> Result<reqwest::Client> {
     // The process's default provider may have been set by the program under test: either way it is aws-lc-rs.
     let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
     let mut builder = reqwest::Client::builder()

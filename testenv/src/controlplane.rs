@@ -138,7 +138,7 @@ async fn is_ok(client: &reqwest::Client, url: &str) -> Option<()> {
 
 /// A port that nobody listens on, below the range that the kernel hands out to outgoing connections: one of those could
 /// not take it before the program it is for does.
-pub(crate) fn free_port() -> Result<u16> {
+pub fn free_port() -> Result<u16> {
     for _ in 0..100 {
         let port = fastrand::u16(16_384..32_768);
         if TcpListener::bind(("127.0.0.1", port)).is_ok() {

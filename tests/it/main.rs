@@ -7,6 +7,7 @@ mod api;
 mod api_data;
 mod bad_input;
 mod boundaries;
+mod bounds;
 mod cases;
 mod catalogue;
 mod compatibility;

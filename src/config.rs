@@ -9,6 +9,7 @@ use std::{
     collections::{BTreeMap, HashMap, HashSet},
     fs, io,
     net::IpAddr,
+    ops::RangeInclusive,
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -24,7 +25,8 @@ use crate::{
     api::parse_duration,
     oci::Host,
     registry::{
-        self, ClientOptions, Floor, HostOptions, Networks, Proxy, Quirks, Transport, TransportError, UploadStrategy,
+        self, ClientOptions, Floor, HostOptions, Memory, Networks, Proxy, Quirks, Transport, TransportError,
+        UploadStrategy,
     },
     telemetry::logging::{self, Format},
 };
@@ -33,6 +35,8 @@ use crate::{
 const MAX_LIMIT: usize = 10_000;
 /// What is below is too slow: an ordinary line is not.
 const MAX_FLOOR: u64 = 1 << 20;
+/// Mebibytes for manifests and lists: two of the largest must have room, and more than a Pod has is no bound.
+const MEMORY: RangeInclusive<u32> = 8..=1024;
 /// No duration is longer: thirty days.
 const MAX_DURATION: Duration = Duration::from_hours(720);
 /// What is left, when the write of a tag has ended, of the time that had to be left when it began.
@@ -77,6 +81,8 @@ pub struct Limits {
     pub runs: usize,
     /// Bytes of a body that have to move in a second, on average over [`Timing::floor_window`]; 0 is no bound.
     pub min_bytes_per_second: u64,
+    /// Bytes of manifests and lists that are in memory at one time.
+    pub memory: u32,
 }
 
 /// What is logged, and how.
@@ -158,7 +164,7 @@ impl Default for Config {
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { runs: 4, min_bytes_per_second: Floor::default().per_second }
+        Self { runs: 4, min_bytes_per_second: Floor::default().per_second, memory: Memory::DEFAULT }
     }
 }
 
@@ -225,7 +231,7 @@ impl Config {
             ..registry::Timing::default()
         };
         let hosts = self.registries.iter().map(|(host, registry)| (host.clone(), registry.options.clone())).collect();
-        ClientOptions { timing, networks: self.networks.clone(), hosts }
+        ClientOptions { timing, networks: self.networks.clone(), hosts, memory: Some(self.limits.memory) }
     }
 
     /// How a host is reached, as far as the operator's configuration says.
@@ -318,6 +324,7 @@ struct HostLimitsEntry {
 struct LimitsEntry {
     runs: Option<usize>,
     min_bytes_per_second: Option<u64>,
+    memory: Option<String>,
 }
 
 impl LimitsEntry {
@@ -328,7 +335,8 @@ impl LimitsEntry {
             let problem = format!("{min_bytes_per_second} is out of range: write 0 (no bound) to {MAX_FLOOR}");
             return Err(Wrong::new("limits.minBytesPerSecond", problem));
         }
-        Ok(Limits { runs: limit("limits.runs", self.runs, default.runs)?, min_bytes_per_second })
+        let memory = self.memory.as_deref().map_or(Ok(default.memory), mebibytes)?;
+        Ok(Limits { runs: limit("limits.runs", self.runs, default.runs)?, min_bytes_per_second, memory })
     }
 }
 
@@ -447,6 +455,16 @@ fn limit(key: &str, found: Option<usize>, default: usize) -> Result<usize, Wrong
         value if (1..=MAX_LIMIT).contains(&value) => Ok(value),
         value => Err(Wrong::new(key, format!("{value} is out of range: write 1 to {MAX_LIMIT}"))),
     }
+}
+
+/// Reads a quantity of memory, as Kubernetes writes them.
+fn mebibytes(text: &str) -> Result<u32, Wrong> {
+    let count = text.strip_suffix("Mi").and_then(|count| count.parse::<u32>().ok());
+    let count = count.filter(|count| MEMORY.contains(count)).ok_or_else(|| {
+        let problem = format!("{text:?} is no such quantity: write {}Mi to {}Mi", MEMORY.start(), MEMORY.end());
+        Wrong::new("limits.memory", problem)
+    })?;
+    Ok(count << 20)
 }
 
 fn timing(entries: &BTreeMap<String, String>) -> Result<Timing, Wrong> {

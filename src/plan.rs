@@ -17,7 +17,7 @@ pub struct Policy {
 /// The status names so many images; what is ours is known of them alone.
 const MAX_OWNED: usize = 100;
 /// More wanted tags than this are not copied.
-const MAX_IMAGES: usize = 10_000;
+pub(crate) const MAX_IMAGES: usize = 10_000;
 
 impl Policy {
     /// How many tags one mirror can want.

@@ -258,7 +258,7 @@ pub async fn sync(
 ) -> Option<SyncReport> {
     let started_at = Timestamp::now();
     progress.expect_images(request.images.len() as u64);
-    let run = Run::new(Arc::clone(&progress), fence);
+    let run = Run::new(Arc::clone(&progress), fence, client.memory().clone());
     let deadline = Instant::now() + request.timeout;
     let handles = Handles::of(client, request, registries);
     let one = async |image| {

@@ -54,6 +54,8 @@ fn wrong_values_are_refused_with_their_key() {
     for (text, key) in [
         ("limits: {runs: 0}", "limits.runs: 0 is out of range"),
         ("limits: {minBytesPerSecond: 1048577}", "limits.minBytesPerSecond: 1048577 is out of range"),
+        ("limits: {memory: 7Mi}", "limits.memory: \"7Mi\" is no such quantity: write 8Mi to 1024Mi"),
+        ("limits: {memory: 64M}", "limits.memory: \"64M\" is no such quantity"),
         ("registries: [{host: a.b, limits: {streams: 0}}]", "registries[0].limits.streams: "),
         ("registries: [{host: 'https://a.b'}]", "registries[0].host: invalid registry host"),
         ("registries: [{host: a.b, authHosts: [a.b, 'x/y']}]", "registries[0].authHosts[1]: "),
@@ -80,8 +82,10 @@ fn a_duration_is_above_zero_and_has_a_unit() {
         let message = refused(&format!("timing: {{headTimeout: {wrong}}}"));
         assert!(message.contains("timing.headTimeout: invalid duration"), "{message}");
     }
-    let text = "{limits: {minBytesPerSecond: 0}, timing: {headTimeout: 1m30s, backoffFirst: 20ms, floorWindow: 5s}}";
-    let timing = parse(text).unwrap().client_options().timing;
+    let text = "{limits: {minBytesPerSecond: 0, memory: 8Mi}, timing: {headTimeout: 1m30s, backoffFirst: 20ms, floorWindow: 5s}}";
+    let options = parse(text).unwrap().client_options();
+    assert_eq!(options.memory, Some(8 << 20));
+    let timing = options.timing;
     assert_eq!((timing.head, timing.backoff_first), (Duration::from_secs(90), Duration::from_millis(20)));
     assert_eq!(timing.floor, Floor { per_second: 0, window: Duration::from_secs(5) });
 }

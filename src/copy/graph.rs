@@ -173,11 +173,11 @@ impl<'a> Walk<'a> {
             };
             let digest = &descriptor.digest;
             let children = self.named_by(&manifest)?;
-            let (held, manifest) = self.run.hold_manifest(manifest);
+            let held = self.run.hold_manifest(manifest);
             let ((), attached) = try_join(self.all(&children, depth, resend), self.attached(digest, depth)).await?;
-            let manifest = match manifest {
-                Some(manifest) => manifest,
-                None => self.fetch(descriptor).await.map_err(incomplete)?,
+            let (manifest, room) = match held {
+                Some((manifest, room)) => (manifest, Some(room)),
+                None => (self.fetch(descriptor).await.map_err(incomplete)?, None),
             };
             match self.target.put_manifest(&manifest).await {
                 Err(error) if is_blob_unknown(&error) && !resend => {
@@ -186,7 +186,7 @@ impl<'a> Walk<'a> {
                 }
                 result => result.map_err(CopyError::target)?,
             }
-            drop(held);
+            drop(room);
             self.found(digest, attached, depth);
             Ok(())
         }

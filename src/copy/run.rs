@@ -14,13 +14,11 @@ use tokio::sync::{Mutex as AsyncMutex, OnceCell};
 use super::Fence;
 use crate::{
     oci::{Digest, RawManifest, Tag},
-    registry::{Sessions, Source, Stored, Target},
+    registry::{Memory, Room, Sessions, Source, Stored, Target},
 };
 
 /// Larger manifests are not kept while their blobs are copied.
 const WORTH_HOLDING: u64 = 64 << 10;
-/// All manifests of a run that are in memory at one time.
-const MAX_MANIFEST_BYTES: u64 = 32 << 20;
 
 /// A digest in a repository, named by host and path.
 type Place = (String, Digest);
@@ -32,7 +30,7 @@ pub struct Run {
     progress: Arc<Progress>,
     fence: Fence,
     done: Mutex<HashMap<Place, Cell>>,
-    manifest_bytes: AtomicU64,
+    memory: Memory,
     sessions: Sessions,
     source_tags: Mutex<HashMap<String, Arc<OnceCell<Arc<SourceTags>>>>>,
     fallback_locks: Mutex<HashMap<String, Arc<AsyncMutex<()>>>>,
@@ -111,14 +109,14 @@ impl Progress {
 }
 
 impl Run {
-    /// A run that reports to `progress` and writes tags while `fence` allows it.
+    /// A run that reports to `progress`, writes tags while `fence` allows it, and keeps manifests where there is room.
     #[must_use]
-    pub fn new(progress: Arc<Progress>, fence: Fence) -> Self {
+    pub fn new(progress: Arc<Progress>, fence: Fence, memory: Memory) -> Self {
         Self {
             progress,
             fence,
             done: Mutex::default(),
-            manifest_bytes: AtomicU64::new(0),
+            memory,
             sessions: Sessions::default(),
             source_tags: Mutex::default(),
             fallback_locks: Mutex::default(),
@@ -171,17 +169,12 @@ impl Run {
         self.done.lock().unwrap_or_else(PoisonError::into_inner).remove(&key);
     }
 
-    /// Counts a manifest as held in memory until the guard is dropped. One that is large, or too many, is given up: it
-    /// is fetched again when it is its turn to be written.
-    pub(super) fn hold_manifest(&self, manifest: RawManifest) -> (HeldManifest<'_>, Option<RawManifest>) {
+    /// Keeps a manifest while there is room for it. One that is large, or one too many, is given up: it is fetched again
+    /// when it is its turn to be written.
+    pub(super) fn hold_manifest(&self, manifest: RawManifest) -> Option<(RawManifest, Room)> {
         let bytes = manifest.bytes.len() as u64;
-        let held = self.manifest_bytes.fetch_add(bytes, Ordering::Relaxed) + bytes;
-        let mut guard = HeldManifest { run: self, bytes };
-        if bytes <= WORTH_HOLDING && held <= MAX_MANIFEST_BYTES {
-            return (guard, Some(manifest));
-        }
-        guard.release();
-        (guard, None)
+        let room = if bytes <= WORTH_HOLDING { self.memory.try_take(bytes) } else { None };
+        room.map(|room| (manifest, room))
     }
 
     /// The tags of a source repository that are about digests, read once in a run.
@@ -207,24 +200,6 @@ impl Run {
             }
         };
         blobs.fetch_add(1, Ordering::Relaxed);
-    }
-}
-
-/// A manifest that is in memory.
-pub(super) struct HeldManifest<'a> {
-    run: &'a Run,
-    bytes: u64,
-}
-
-impl HeldManifest<'_> {
-    fn release(&mut self) {
-        self.run.manifest_bytes.fetch_sub(std::mem::take(&mut self.bytes), Ordering::Relaxed);
-    }
-}
-
-impl Drop for HeldManifest<'_> {
-    fn drop(&mut self) {
-        self.release();
     }
 }
 

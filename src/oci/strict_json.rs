@@ -1,30 +1,39 @@
 //! JSON in which no object names a key twice. Two parsers may read such a document differently, so that what one
-//! checks is not what another runs (CVE-2021-41190); a manifest like that is not copied.
+//! checks is not what another runs (CVE-2021-41190); a manifest like that is not copied. Nor is one of very many
+//! values: parsed, each takes fifty times the room of the shortest text for it.
 
-use std::fmt;
+use std::{cell::Cell, fmt};
 
-use serde::{
-    Deserialize, Deserializer,
-    de::{self, MapAccess, SeqAccess, Visitor},
-};
+use serde::de::{self, DeserializeSeed, Deserializer, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Number, Value};
+
+/// An index of as many manifests as are copied has fewer values, with platforms and annotations.
+const MAX_VALUES: usize = 100_000;
 
 /// Parses bytes as JSON and refuses duplicate keys at any depth.
 pub(super) fn parse(bytes: &[u8]) -> Result<Value, serde_json::Error> {
-    serde_json::from_slice::<Strict>(bytes).map(|strict| strict.0)
+    let left = Cell::new(MAX_VALUES);
+    let mut deserializer = serde_json::Deserializer::from_slice(bytes);
+    let value = Strict(&left).deserialize(&mut deserializer)?;
+    deserializer.end()?;
+    Ok(value)
 }
 
-struct Strict(Value);
+/// The values that are left to be read.
+#[derive(Clone, Copy)]
+struct Strict<'a>(&'a Cell<usize>);
 
-impl<'de> Deserialize<'de> for Strict {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_any(StrictVisitor).map(Strict)
+impl<'de> DeserializeSeed<'de> for Strict<'_> {
+    type Value = Value;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Value, D::Error> {
+        let left = self.0.get().checked_sub(1);
+        self.0.set(left.ok_or_else(|| de::Error::custom(format_args!("more than {MAX_VALUES} values")))?);
+        deserializer.deserialize_any(self)
     }
 }
 
-struct StrictVisitor;
-
-impl<'de> Visitor<'de> for StrictVisitor {
+impl<'de> Visitor<'de> for Strict<'_> {
     type Value = Value;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -57,7 +66,7 @@ impl<'de> Visitor<'de> for StrictVisitor {
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut access: A) -> Result<Value, A::Error> {
         let mut items = Vec::new();
-        while let Some(Strict(item)) = access.next_element()? {
+        while let Some(item) = access.next_element_seed(self)? {
             items.push(item);
         }
         Ok(Value::Array(items))
@@ -65,11 +74,11 @@ impl<'de> Visitor<'de> for StrictVisitor {
 
     fn visit_map<A: MapAccess<'de>>(self, mut access: A) -> Result<Value, A::Error> {
         let mut map = Map::new();
-        while let Some((key, Strict(value))) = access.next_entry::<String, Strict>()? {
+        while let Some(key) = access.next_key::<String>()? {
             if map.contains_key(&key) {
                 return Err(de::Error::custom(format_args!("duplicate key {key:?}")));
             }
-            map.insert(key, value);
+            map.insert(key, access.next_value_seed(self)?);
         }
         Ok(Value::Object(map))
     }
@@ -85,6 +94,14 @@ mod tests {
         for bad in [r#"{"a":1,"a":1}"#, r#"{"a":{"b":1,"b":2}}"#, r#"[{"b":1,"b":2}]"#] {
             assert!(parse(bad.as_bytes()).unwrap_err().to_string().contains("duplicate key"), "{bad}");
         }
+    }
+
+    #[test]
+    fn very_many_values_are_refused_and_as_many_as_an_index_has_are_not() {
+        let list = |count| format!("[{}0]", "{},".repeat(count));
+        assert!(parse(list(MAX_VALUES - 2).as_bytes()).is_ok());
+        assert!(parse(list(MAX_VALUES - 1).as_bytes()).unwrap_err().to_string().contains("more than 100000 values"));
+        assert!(parse(br#"{"a":1} x"#).is_err(), "something follows");
     }
 
     #[test]

@@ -11,6 +11,7 @@ use tokio::sync::{Semaphore, SemaphorePermit};
 use super::{
     known::Known,
     limits::HostLimits,
+    memory::Memory,
     network::Networks,
     pace::Floor,
     quirks::Quirks,
@@ -105,6 +106,8 @@ pub struct ClientOptions {
     pub networks: Networks,
     /// Settings of single hosts; others have the default.
     pub hosts: HashMap<Host, HostOptions>,
+    /// The bytes of manifests and lists in memory at one time; `None` is [`Memory::DEFAULT`].
+    pub memory: Option<u32>,
 }
 
 /// The registry client of the process. Cheap to clone.
@@ -122,6 +125,7 @@ struct Inner {
     known: Mutex<HashMap<String, Arc<Known>>>,
     holders: Mutex<HashMap<Holding, RepositoryName>>,
     small_blobs: Semaphore,
+    memory: Memory,
 }
 
 /// All small blobs that are in memory at one time, in bytes.
@@ -136,6 +140,7 @@ impl Client {
     pub fn new(options: ClientOptions) -> Self {
         let inner = Inner {
             networks: Arc::new(options.networks.clone()),
+            memory: Memory::new(options.memory.unwrap_or(Memory::DEFAULT)),
             options,
             pools: Pools::default(),
             tokens: TokenCache::default(),
@@ -159,6 +164,12 @@ impl Client {
 
     pub(super) fn networks(&self) -> &Networks {
         &self.inner.networks
+    }
+
+    /// The room for manifests and lists.
+    #[must_use]
+    pub fn memory(&self) -> &Memory {
+        &self.inner.memory
     }
 
     pub(super) fn tokens(&self) -> &TokenCache {

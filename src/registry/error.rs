@@ -5,6 +5,7 @@
 use std::{fmt, time::Duration};
 
 use http::StatusCode;
+use jiff::Timestamp;
 use serde::Deserialize;
 
 use super::network::Denied;
@@ -46,15 +47,15 @@ pub enum ErrorKind {
         code: Option<String>,
         /// The registry's own words, cleaned and shortened.
         message: Option<String>,
-        /// What `Retry-After` says.
-        retry_after: Option<Duration>,
+        /// When it may be asked again, as `Retry-After` says.
+        until: Option<Timestamp>,
         /// Where the credential came from that was refused with 401 or 403.
         credential: Option<String>,
     },
     /// The host has asked to be left alone for this long, in which nothing should be held for it.
     Paused(Duration),
-    /// The host has asked to be left alone for this long, which is longer than a run waits.
-    Closed(Duration),
+    /// The host has asked to be left alone until then, which is longer than a run waits.
+    Closed(Timestamp),
     /// The address is in a network that the administrator has closed.
     Denied(Denied),
     /// The registry names a token server that its credentials must not be sent to.
@@ -67,6 +68,8 @@ pub enum ErrorKind {
     LocationRefused(String),
     /// A body larger than its kind may be.
     TooLarge(u64),
+    /// There was no room in our memory for so many bytes.
+    NoRoom(u64),
     /// Bytes that are not what the digest or the size promises.
     Integrity(String),
     /// An answer that the protocol does not allow.
@@ -249,6 +252,7 @@ impl Error {
                 Reason::ManifestRefused
             }
             ErrorKind::TooLarge(_) => unavailable,
+            ErrorKind::NoRoom(_) => Reason::InternalError,
             ErrorKind::Integrity(_) => Reason::IntegrityError,
             ErrorKind::Malformed(_) => unavailable,
             ErrorKind::Missing => self.absent(side),
@@ -342,7 +346,7 @@ impl fmt::Display for ErrorKind {
             Self::TimedOut => f.write_str("no answer in time"),
             Self::TooSlow => f.write_str("bytes move more slowly than limits.minBytesPerSecond"),
             Self::Interrupted => f.write_str("the connection broke"),
-            Self::Status { status, code, message, credential, .. } => {
+            Self::Status { status, code, message, credential, until } => {
                 write!(f, "{}", status.as_u16())?;
                 if let Some(code) = code {
                     write!(f, " {code}")?;
@@ -350,15 +354,17 @@ impl fmt::Display for ErrorKind {
                 if let Some(message) = message {
                     write!(f, ", {message}")?;
                 }
+                if let Some(until) = until {
+                    write!(f, "; it may be asked again after {until}")?;
+                }
                 match (credential, status.as_u16()) {
                     (Some(origin), _) => write!(f, " with the credential of {origin}"),
                     (None, 401 | 403) => f.write_str(" without a credential, as none matches"),
                     (None, _) => Ok(()),
                 }
             }
-            Self::Paused(pause) | Self::Closed(pause) => {
-                write!(f, "it asked to be left alone, for another {} s", pause.as_secs())
-            }
+            Self::Paused(pause) => write!(f, "it asked to be left alone, for another {} s", pause.as_secs()),
+            Self::Closed(until) => write!(f, "it asked to be left alone until {until}"),
             Self::Denied(denied) => {
                 write!(f, "{denied}; allow it with networks.allow in the operator's configuration")
             }
@@ -373,6 +379,11 @@ impl fmt::Display for ErrorKind {
                 "it wants the upload sent to {host}, another host; allow it with uploadHosts in the operator's configuration"
             ),
             Self::TooLarge(limit) => write!(f, "the answer is larger than {limit} bytes"),
+            Self::NoRoom(bytes) => write!(
+                f,
+                "other manifests and lists take all the memory that there is for them (limits.memory), and this answer \
+                 may have {bytes} bytes"
+            ),
             Self::Integrity(what) => f.write_str(what),
             Self::Malformed(what) => write!(f, "an answer that the protocol does not allow: {what}"),
             Self::Missing => f.write_str("it is not there"),
@@ -438,7 +449,7 @@ mod tests {
             status: StatusCode::from_u16(status).unwrap(),
             code: code.map(Into::into),
             message: None,
-            retry_after: None,
+            until: None,
             credential: None,
         };
         Error::new(kind, step, "r.example", "a:1")

@@ -296,7 +296,7 @@ impl LayoutRepository {
         let index = self.layout.index().await.map_err(|error| self.failed(error, Step::ListTags, "tags"))?;
         let prefix = format!("{}/{}:", self.host, self.name);
         let tags = index.manifests.iter().filter_map(|entry| name_of(entry)?.strip_prefix(&prefix)?.parse().ok());
-        Ok(TagList { tags: tags.collect(), is_complete: true, malformed: 0 })
+        Ok(TagList { tags: tags.collect(), is_complete: true, ..TagList::default() })
     }
 
     /// The size of a blob whose manifest does not say it.

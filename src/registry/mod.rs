@@ -17,6 +17,7 @@ mod known;
 mod layout;
 mod limits;
 mod list;
+mod memory;
 mod network;
 mod pace;
 #[cfg(test)]
@@ -36,6 +37,7 @@ pub use client::{Client, ClientOptions, HostOptions, Timing};
 pub use error::{CertificateProblem, Error, ErrorKind, Side, Step};
 pub use layout::{Layout, LayoutError, LayoutRepository};
 pub use list::{MAX_PAGES, TagList};
+pub use memory::{Memory, Room};
 pub use network::{Denied, Networks};
 pub use pace::Floor;
 pub use proxy::{Proxy, ProxyError};

@@ -14,6 +14,7 @@ use http::{
     HeaderMap, HeaderValue, Method, StatusCode,
     header::{AUTHORIZATION, CONTENT_LENGTH, CONTENT_TYPE, LOCATION, WWW_AUTHENTICATE},
 };
+use jiff::{SignedDuration, Timestamp, Unit};
 use secrecy::{ExposeSecret, SecretString};
 use tokio::time::{Instant, timeout};
 use url::Url;
@@ -22,6 +23,7 @@ use super::{
     error::{CertificateProblem, Error, ErrorKind, Step, parse_envelope},
     header,
     limits::{Identity, LONGEST_WAIT, Permit, Shut, Verdict},
+    memory::Room,
     network::Denied,
     pace::Pace,
     repository::Repository,
@@ -33,6 +35,8 @@ const MAX_RETRIES: u32 = 4;
 const MAX_REDIRECTS: u32 = 5;
 /// What token servers know us by.
 const CLIENT_ID: &str = "imagemirror";
+/// Smaller bodies are not counted: as many as there may be requests in flight take little.
+const UNCOUNTED: u64 = 64 << 10;
 /// Error bodies and token answers are read this far.
 const MAX_SMALL_BODY: u64 = 64 << 10;
 
@@ -282,7 +286,7 @@ impl Repository {
         place.map_err(|shut| {
             let kind = match shut {
                 Shut::ForNow(pause) => ErrorKind::Paused(pause),
-                Shut::ForLong(pause) => ErrorKind::Closed(pause),
+                Shut::ForLong(pause) => ErrorKind::Closed(after(pause)),
             };
             Error::new(kind, request.step, host, &request.subject)
         })
@@ -290,7 +294,7 @@ impl Repository {
 
     /// Lets everybody in the process know how the host is doing.
     pub(super) fn note_answer(&self, response: &reqwest::Response, permit: &Permit) {
-        let pause = header::retry_after(response.headers(), jiff::Timestamp::now());
+        let pause = header::retry_after(response.headers(), Timestamp::now());
         let verdict = match response.status() {
             StatusCode::TOO_MANY_REQUESTS => Verdict::TooMany(pause),
             StatusCode::SERVICE_UNAVAILABLE => Verdict::Overloaded(pause),
@@ -432,10 +436,10 @@ impl Repository {
     pub(super) async fn status_error(&self, request: &Request, response: Response) -> Error {
         let status = response.inner.status();
         let elsewhere = Some(response.inner.url()).filter(|url| !self.is_same_origin(url)).map(host_of);
-        let retry_after = header::retry_after(response.inner.headers(), jiff::Timestamp::now());
+        let until = header::retry_after(response.inner.headers(), Timestamp::now()).map(after);
         let body = self.read_body(response, MAX_SMALL_BODY, request.step, &request.subject).await.unwrap_or_default();
         let (code, message) = parse_envelope(&body);
-        let mut error = self.error(ErrorKind::Status { status, code, message, retry_after, credential: None }, request);
+        let mut error = self.error(ErrorKind::Status { status, code, message, until, credential: None }, request);
         // What another host says that the registry has sent us to.
         error.host = elsewhere.unwrap_or(error.host);
         error
@@ -455,17 +459,39 @@ impl Repository {
         if declared > limit {
             return Err(too_large());
         }
+        let mut room = None;
+        if declared > UNCOUNTED {
+            room = Some(self.room(declared, step, &host, subject).await?);
+        }
         let mut response = response;
         let pace = Pace::new(self.client().timing().floor);
-        let mut body = BytesMut::new();
-        loop {
-            let chunk = self.chunk(&mut response, &pace, step, &host, subject).await?;
-            let Some(chunk) = chunk else { return Ok(body.freeze()) };
-            if (body.len() + chunk.len()) as u64 > limit {
+        // What grows by itself takes twice the room, for as long as it is kept.
+        let mut body = BytesMut::with_capacity(usize::try_from(declared).unwrap_or_default());
+        while let Some(chunk) = self.chunk(&mut response, &pace, step, &host, subject).await? {
+            let bytes = (body.len() + chunk.len()) as u64;
+            if bytes > limit {
                 return Err(too_large());
+            }
+            if bytes > UNCOUNTED && room.is_none() {
+                room = Some(self.room(limit, step, &host, subject).await?);
+                body.reserve(usize::try_from(limit).unwrap_or_default() - body.len());
             }
             body.extend_from_slice(&chunk);
         }
+        let bytes = body.freeze();
+        Ok(match room {
+            Some(mut room) => {
+                room.shrink(bytes.len());
+                room.around(bytes)
+            }
+            None => bytes,
+        })
+    }
+
+    /// Room in memory for what a registry sends.
+    pub(super) async fn room(&self, bytes: u64, step: Step, host: &str, subject: &str) -> Result<Room, Error> {
+        let room = self.client().memory().take(bytes, self.client().timing().idle).await;
+        room.ok_or_else(|| Error::new(ErrorKind::NoRoom(bytes), step, host, subject))
     }
 
     /// The next bytes of a body, in time and not too few at a time; none after the last.
@@ -580,4 +606,11 @@ mod tests {
         assert_eq!(host_of(&Url::parse("https://a.example/v2/").unwrap()), "a.example");
         assert_eq!(host_of(&Url::parse("http://[::1]:5000/v2/").unwrap()), "[::1]:5000");
     }
+}
+
+/// The second after such a pause from now.
+fn after(pause: Duration) -> Timestamp {
+    let now = Timestamp::now().round(Unit::Second).unwrap_or_default();
+    let pause = SignedDuration::from_secs(i64::try_from(pause.as_secs()).unwrap_or(i64::MAX).saturating_add(1));
+    now.checked_add(pause).unwrap_or(Timestamp::MAX)
 }

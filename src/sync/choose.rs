@@ -1,7 +1,7 @@
 //! Which images a run is about, where rules choose the tags: lists are read, tags chosen, and two images that want one
 //! target tag are told apart.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, HashMap};
 
 use futures::{StreamExt as _, stream};
 use serde::{Deserialize, Serialize};
@@ -12,8 +12,9 @@ use super::{Failure, ImageRequest, ImageSource, Last, Registries, SyncRequest, U
 use crate::{
     copy::CopyError,
     oci::{Host, PlatformFilter, RepositoryName, Tag},
+    plan::MAX_IMAGES,
     reason::Reason,
-    registry::{Client, MAX_PAGES},
+    registry::{Client, MAX_PAGES, TagList},
     select::Selection,
 };
 
@@ -61,20 +62,18 @@ pub async fn choose(
     for image in &request.images {
         taken.insert((image.target_repository.clone(), image.target_tag.clone()), image.clone());
     }
-    for selection in selections {
-        let failure = match lists.get(&(selection.host.clone(), selection.repository.clone())) {
-            _ if selection.blocked.is_some() => selection.blocked.clone(),
-            Some(Ok(tags)) => {
-                let chosen = selection.select.choose(tags).into_iter().map(|tag| selection.image(tag));
-                request.images.extend(chosen.filter_map(|image| place(&mut taken, image)));
-                None
+    let mut left_out = 0;
+    for (selection, chosen) in selections.iter().zip(lists) {
+        match chosen {
+            Ok(chosen) => {
+                left_out += chosen.count - chosen.tags.len();
+                let images = chosen.tags.iter().map(|tag| selection.image(tag));
+                request.images.extend(images.filter_map(|image| place(&mut taken, image)));
             }
-            Some(Err(failure)) => Some(failure.clone()),
-            None => None,
-        };
-        request.unknown.extend(failure.map(|failure| selection.unknown(registries, failure)));
+            Err(failure) => request.unknown.push(selection.unknown(registries, failure)),
+        }
     }
-    if let Some(message) = request.policy.too_many(request.images.len()) {
+    if let Some(message) = request.policy.too_many(request.images.len() + left_out) {
         let failure = Failure::new(Reason::InvalidSpec, &message);
         request.images.clear();
         request.unknown = selections.iter().map(|each| each.unknown(registries, failure.clone())).collect();
@@ -82,30 +81,55 @@ pub async fn choose(
     Some(request)
 }
 
-type Lists = HashMap<(Host, RepositoryName), Result<Vec<Tag>, Failure>>;
+/// What a rule has chosen.
+struct Chosen {
+    /// Not more than a mirror may have.
+    tags: Vec<Tag>,
+    /// How many there are in all.
+    count: usize,
+}
 
-/// The tags of each repository that is chosen from, each list once.
+/// What each rule chooses, in their order. Each list is read once and kept only until all rules about it have chosen.
 async fn read_lists(
     client: &Client,
     selections: &[SelectionRequest],
     registries: &Registries,
     deadline: Instant,
-) -> Lists {
-    let open = selections.iter().filter(|selection| selection.blocked.is_none());
-    let places: BTreeSet<_> = open.map(|selection| (selection.host.clone(), selection.repository.clone())).collect();
-    let list = async |place: (Host, RepositoryName)| {
+) -> Vec<Result<Chosen, Failure>> {
+    let blocked = selections.iter().map(|selection| selection.blocked.clone().map(Err));
+    let mut chosen: Vec<Option<Result<Chosen, Failure>>> = blocked.collect();
+    let mut places: BTreeMap<(Host, RepositoryName), Vec<usize>> = BTreeMap::new();
+    for (at, selection) in selections.iter().enumerate().filter(|(_, selection)| selection.blocked.is_none()) {
+        places.entry((selection.host.clone(), selection.repository.clone())).or_default().push(at);
+    }
+    let choices = places.into_iter().map(async |(place, rules)| {
         let list = timeout_at(deadline, read_list(client, &place, registries)).await;
         let too_long = || Err(Failure::new(Reason::Timeout, "reading the list of tags took longer than spec.timeout"));
-        (place, list.unwrap_or_else(|_| too_long()))
-    };
-    stream::iter(places.into_iter().map(list)).buffer_unordered(LISTS_AT_ONCE).collect().await
+        let list = list.unwrap_or_else(|_| too_long());
+        let choose =
+            |at: usize| (at, list.as_ref().map(|list| chosen_of(&selections[at].select, list)).map_err(Clone::clone));
+        rules.into_iter().map(choose).collect::<Vec<_>>()
+    });
+    let mut choices = stream::iter(choices).buffer_unordered(LISTS_AT_ONCE);
+    while let Some(done) = choices.next().await {
+        for (at, choice) in done {
+            chosen[at] = Some(choice);
+        }
+    }
+    chosen.into_iter().flatten().collect()
+}
+
+fn chosen_of(rule: &Selection, list: &TagList) -> Chosen {
+    let wanted = rule.choose(&list.tags);
+    let count = wanted.len();
+    Chosen { tags: wanted.into_iter().take(MAX_IMAGES + 1).cloned().collect(), count }
 }
 
 async fn read_list(
     client: &Client,
     (host, repository): &(Host, RepositoryName),
     registries: &Registries,
-) -> Result<Vec<Tag>, Failure> {
+) -> Result<TagList, Failure> {
     let fail = |error: CopyError| Failure::new(error.reason(), &error.message());
     let source = open_source(client, registries, host, repository)
         .ok_or_else(|| Failure::new(Reason::InternalError, "the source registry was not prepared for this run"))?
@@ -118,7 +142,7 @@ async fn read_list(
         let what = format!("the list of tags of {} has more than {MAX_PAGES} pages", source.place());
         return Err(Failure::new(Reason::SourceUnavailable, &what));
     }
-    Ok(list.tags)
+    Ok(list)
 }
 
 /// The image if nobody has its target tag; blocked if somebody has who wants another content there, and nothing if it

@@ -66,7 +66,7 @@ pub async fn preview(
     registries: &Registries,
     cancel: &CancellationToken,
 ) -> Option<Preview> {
-    let run = Run::new(Arc::new(Progress::default()), Fence::Open);
+    let run = Run::new(Arc::new(Progress::default()), Fence::Open, client.memory().clone());
     let handles = Handles::of(client, request, registries);
     let counted = Mutex::default();
     let deadline = Instant::now() + request.timeout;

@@ -242,8 +242,15 @@ async fn a_registry_that_asks_to_be_left_alone_for_long_is_not_waited_for() -> R
     source.rule(Matcher::new().route(Route::Manifest).skip(1), busy);
     let synced = bench.sync(source.registry(), &bench.env.target, &[("a", &["1"]), ("b", &["1"])]).await?;
     ensure!(synced.code() == Some(1) && synced.reason() == "RateLimited", "{:#}", synced.report);
-    let message = synced.image(1)["failure"]["message"].as_str().unwrap_or_default();
+    let messages: Vec<_> = (0..2).filter_map(|at| synced.image(at)["failure"]["message"].as_str()).collect();
     ensure!(synced.image(1)["failure"]["reason"] == "RateLimited", "{:#}", synced.report);
+    for message in &messages {
+        // The last word of each is when.
+        let until: jiff::Timestamp = message.rsplit(' ').next().unwrap_or_default().parse()?;
+        let wait = until.duration_since(jiff::Timestamp::now()).as_secs();
+        ensure!((2900..=3010).contains(&wait), "{wait} s: {message}");
+    }
+    let message = messages.join("; ");
     ensure!(source.requests().len() <= 4, "it was not left alone: {} requests, {message}", source.requests().len());
     Ok(())
 }

@@ -28,5 +28,6 @@ mod secrecy;
 mod statuses;
 mod support;
 mod tags;
+mod turns;
 mod uploads;
 mod waiting;

@@ -228,7 +228,7 @@ async fn the_api_server_takes_the_definition_without_a_warning_and_kubectl_expla
 }
 
 /// The root file system of the image that `make image` has assembled.
-fn image_root() -> Result<PathBuf> {
+pub(crate) fn image_root() -> Result<PathBuf> {
     let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| Path::new(ROOT).join("target"), PathBuf::from);
     let layout = target.join("image/oci");
     let read = |digest: &str| -> Result<Value> {

@@ -1,7 +1,7 @@
 //! A place for one test: a namespace with the chart's RBAC, a repository prefix, and operators that watch it.
 
 use std::{
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Command, Stdio},
     time::Duration,
 };
@@ -100,15 +100,24 @@ impl Place {
         self.operator_from(json!({"networks": networks}), timing, level)
     }
 
-    /// An operator that serves another place too, as one that is installed for both namespaces.
-    pub(crate) fn operator_beside(&self, other: &Self) -> Result<Operator> {
-        install_rbac(self.env, &self.namespace, &[&self.namespace, &other.namespace])?;
-        let changes = json!({"watchNamespaces": [self.namespace, other.namespace], "networks": {"allow": ["127.0.0.0/8", "::1"]}});
-        self.operator_from(changes, &json!({}), "debug")
+    /// Lets an operator of this place serve another too.
+    pub(crate) fn serve(&self, other: &Self) -> Result<()> {
+        install_rbac(self.env, &self.namespace, &[&self.namespace, &other.namespace])
     }
 
     /// An operator with more of a configuration than its timing.
-    pub(crate) fn operator_from(&self, mut config: Value, timing: &Value, level: &str) -> Result<Operator> {
+    pub(crate) fn operator_from(&self, config: Value, timing: &Value, level: &str) -> Result<Operator> {
+        self.operator_of(Path::new(env!("CARGO_BIN_EXE_imagemirror")), config, timing, level)
+    }
+
+    /// The same of another build.
+    pub(crate) fn operator_of(
+        &self,
+        binary: &Path,
+        mut config: Value,
+        timing: &Value,
+        level: &str,
+    ) -> Result<Operator> {
         let mut times = json!({
             "apiTimeout": "5s", "leaseDuration": "3s", "leaseRenew": "500ms", "tagWriteTimeout": "1200ms", "tagWriteMargin": "2200ms",
             "retryTransientMin": "500ms", "retryTransientMax": "2s", "retryAuth": "10m", "secretRetry": "200ms",
@@ -126,7 +135,7 @@ impl Place {
         let path = self.env.run_dir.join(format!("{name}.yaml"));
         std::fs::write(&path, config.to_string())?;
         let listen = format!("127.0.0.1:{}", free_port()?);
-        let mut command = Command::new(env!("CARGO_BIN_EXE_imagemirror"));
+        let mut command = Command::new(binary);
         command.arg("operator").arg("--config").arg(&path).arg("--kubeconfig").arg(&self.kubeconfig).args([
             "--listen",
             &listen,

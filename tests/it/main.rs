@@ -15,6 +15,7 @@ mod economy;
 mod engine;
 mod faults;
 mod forms;
+mod kubernetes;
 mod layout;
 mod lifecycle;
 mod login;

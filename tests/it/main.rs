@@ -17,6 +17,7 @@ mod faults;
 mod forms;
 mod kubernetes;
 mod layout;
+mod leadership;
 mod lifecycle;
 mod login;
 mod main_job;

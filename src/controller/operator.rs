@@ -185,10 +185,8 @@ async fn control(context: Arc<Context>, woken: mpsc::Receiver<ObjectRef<ImageMir
     let objects = changes(&context.client, &context.config.watch_namespaces, &context.config.timing, &observer)
         .reflect(writer)
         .touched_objects()
-        .predicate_filter(
-            predicates::generation.combine(predicates::annotations).combine(uid),
-            PredicateConfig::default(),
-        );
+        // Known by their uid: one deleted and created again with the same generation is looked at too.
+        .predicate_filter(predicates::generation.combine(predicates::annotations), PredicateConfig::default());
     let woken = ReceiverStream::new(woken).map(|object| {
         let guarded = ObjectRef::<Guarded>::new(&object.name);
         match object.namespace {
@@ -211,15 +209,6 @@ async fn control(context: Arc<Context>, woken: mpsc::Receiver<ObjectRef<ImageMir
             }
         })
         .await;
-}
-
-/// An object deleted and created again is another object, also if its generation and annotations are the same.
-#[allow(clippy::unnecessary_wraps, reason = "the form of a predicate")]
-fn uid(object: &Guarded) -> Option<u64> {
-    use std::hash::{DefaultHasher, Hash as _, Hasher as _};
-    let mut hasher = DefaultHasher::new();
-    kube::Resource::meta(object).uid.hash(&mut hasher);
-    Some(hasher.finish())
 }
 
 /// Waits until the API server knows our kind. False if the shutdown came first.

@@ -10,11 +10,11 @@ use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use testenv::{
     images::Image,
-    proxy::{Action, Gate, Matcher, Proxy, Route},
+    proxy::{Action, Exchange, Gate, Matcher, Proxy, Route},
 };
 use tokio::time::Instant;
 
-use crate::support::{Operator, Place, eventually};
+use crate::support::{Operator, PATIENCE, Place, eventually};
 
 /// Two replicas and what they copy between.
 struct Pair {
@@ -168,6 +168,37 @@ async fn a_leader_that_slept_while_it_wrote_to_the_target_writes_no_tag() -> Res
 #[tokio::test]
 async fn a_leader_that_slept_while_it_wrote_the_last_of_it_writes_no_tag() -> Result<()> {
     pauses("slept4", "target", 7..=12).await
+}
+
+#[tokio::test]
+async fn a_leader_that_cannot_renew_begins_to_write_no_tag() -> Result<()> {
+    // A tag is begun only in the half second after a renewal.
+    let times = json!({"leaseDuration": "6s", "leaseRenew": "500ms", "tagWriteMargin": "5500ms"});
+    let place = Place::new("fenced").await?;
+    let api = place.api_proxy().await?;
+    let target = Proxy::to(place.env, &place.env.target).label("target").start().await?;
+    place.pull_secret("push", &[target.registry()]).await?;
+    let image = Image::multi_arch(440, &[3000], &["linux/amd64", "linux/arm64"]);
+    place.push(&place.env.source, "agent", "1", &image).await?;
+    let gate = Gate::new();
+    let manifests = |reference: &str| Matcher::new().method("PUT").route(Route::Manifest).reference(reference);
+    target.rule(manifests(&image.manifests[1].digest), Action::GateAnswer(gate.clone()));
+    let operator = place.operator_with(&times, "debug")?;
+    place.apply("m", &place.spec(&place.env.source, target.registry(), &[("agent", &["1"])])).await?;
+    gate.arrived(1).await?;
+    let renewals = Matcher::new().path_contains("/leases/imagemirror");
+    api.rule(renewals.clone(), Action::Stall);
+    let stalled = |log: &[Exchange]| log.iter().filter(|exchange| !exchange.actions.is_empty()).count();
+    // The second comes when the first was given up: the half second is over, the lease is not.
+    api.wait_for(|log| stalled(log) >= 2, PATIENCE).await?;
+    gate.open();
+    let knows = || async { Ok(operator.get("/metrics").await?.1.contains("imagemirror_leader 0")) };
+    eventually("the leader to know that it leads no more", knows).await?;
+    ensure!(target.count(&manifests("1")) == 0, "a tag was begun to be written without time to end it");
+    api.clear();
+    place.until_ready("m").await?;
+    ensure!(place.holds(&place.env.target, "agent", "1", &image).await?);
+    Ok(())
 }
 
 /// Writes the lease as somebody whose clock is off by so much, if it is as wanted.

@@ -218,6 +218,7 @@ impl Config {
             floor: Floor { per_second: self.limits.min_bytes_per_second, window: self.timing.floor_window },
             hold: self.timing.hold_timeout,
             answer: self.timing.answer_timeout,
+            cancel: self.timing.cancel_timeout,
             backoff_first: self.timing.backoff_first,
             backoff_max: self.timing.backoff_max,
             tag_write: self.timing.tag_write_timeout,

@@ -81,6 +81,8 @@ timing! {
     hold_timeout "holdTimeout" = Duration::from_secs(15);
     /// The registry's answer after the last byte of an upload.
     answer_timeout "answerTimeout" = Duration::from_mins(10);
+    /// Giving up an upload, so that the registry need not keep what arrived of it.
+    cancel_timeout "cancelTimeout" = Duration::from_secs(5);
     /// The first wait before a failed request to a registry is repeated; it doubles.
     backoff_first "backoffFirst" = Duration::from_secs(1);
     /// The longest wait between repetitions.

@@ -141,6 +141,17 @@ async fn a_leader_that_is_told_to_end_is_followed_within_three_seconds() -> Resu
     Ok(())
 }
 
+#[tokio::test]
+async fn a_target_that_says_nothing_does_not_hold_up_the_end() -> Result<()> {
+    let mut pair = Pair::new("mute", &json!({"cancelTimeout": "300ms"})).await?;
+    let (_, _gate) = copying(&pair, "m", 412).await?;
+    pair.target.rule(Matcher::new(), Action::Stall);
+    pair.leader.process.signal(Signal::SIGTERM)?;
+    let ended = tokio::time::timeout(Duration::from_secs(4), pair.leader.process.wait()).await??;
+    ensure!(ended.success() && pair.leader.logged()?.contains("lease given up"), "it ended with {ended}");
+    eventually("the other to lead", || async { Ok(pair.standby.leads().await) }).await
+}
+
 /// Some points of twenty: four tests, so that they are taken side by side.
 async fn pauses(test: &str, side: &str, points: std::ops::RangeInclusive<u32>) -> Result<()> {
     let mut pair = Pair::new(test, &json!({})).await?;
@@ -228,7 +239,7 @@ async fn clocks_an_hour_apart_neither_take_a_lease_nor_lose_one() -> Result<()> 
     let operator = place.operator()?;
     for hours in [-1, 1] {
         let off = SignedDuration::from_hours(hours);
-        let taken = || async { Ok::<_, anyhow::Error>(leases.get("imagemirror").await?.spec.context("spec")?) };
+        let taken = || async { leases.get("imagemirror").await?.spec.context("spec") };
         let before = taken().await?.lease_transitions.unwrap_or_default();
         // Alive, and twice as long as its lease lasts: it looks every quarter of a second, half as often when busy.
         write(&leases, off, |lease| lease.spec.get_or_insert_default().holder_identity = Some("other".into())).await?;

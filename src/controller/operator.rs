@@ -147,10 +147,12 @@ async fn lead(
         }
     };
     tokio::join!(ended, context.runner.stop(timing.shutdown));
-    end.unwrap_or_else(|| {
-        tracing::error!("the controller ended by a fault of ImageMirror: another begins");
-        KeepEnd::Lost
-    })
+    if let Some(end) = end {
+        return end;
+    }
+    tracing::error!("the controller ended by a fault of ImageMirror: another begins, here or in a standby");
+    let _ = shutdown.run_until_cancelled(tokio::time::sleep(timing.api_backoff_max)).await;
+    KeepEnd::Lost
 }
 
 impl Observer for Context {

@@ -224,6 +224,7 @@ impl Config {
             floor: Floor { per_second: self.limits.min_bytes_per_second, window: self.timing.floor_window },
             hold: self.timing.hold_timeout,
             answer: self.timing.answer_timeout,
+            cancel: self.timing.cancel_timeout,
             backoff_first: self.timing.backoff_first,
             backoff_max: self.timing.backoff_max,
             tag_write: self.timing.tag_write_timeout,
@@ -503,6 +504,7 @@ fn check_rules(timing: &Timing) -> Result<(), Wrong> {
     let before_end = t.tag_write_margin.saturating_sub(TAG_WRITE_SLACK);
     at_most("tagWriteTimeout", t.tag_write_timeout, "timing.tagWriteMargin less a second", before_end)?;
     at_most("retryTransientMin", t.retry_transient_min, "timing.retryTransientMax", t.retry_transient_max)?;
+    at_most("apiBackoffFirst", t.api_backoff_first, "timing.apiBackoffMax", t.api_backoff_max)?;
     at_most("secretRetry", t.secret_retry, "timing.secretRetryMax", t.secret_retry_max)?;
     at_most("backoffFirst", t.backoff_first, "timing.backoffMax", t.backoff_max)
 }

@@ -35,6 +35,14 @@ macro_rules! timing {
 timing! {
     /// Every call to the Kubernetes API.
     api_timeout "apiTimeout" = Duration::from_secs(10);
+    /// The first wait before the API server is asked again after it failed, for the CRD or for a watch; it doubles.
+    api_backoff_first "apiBackoffFirst" = Duration::from_secs(1);
+    /// The longest such wait.
+    api_backoff_max "apiBackoffMax" = Duration::from_secs(15);
+    /// A watch in which nothing comes for this long is begun again where it was, in whole seconds.
+    watch_timeout "watchTimeout" = Duration::from_secs(20);
+    /// How often a watch begins anew from a list, which heals what was missed.
+    watch_relist "watchRelist" = Duration::from_mins(10);
     /// A leader that was not heard of for this long may be replaced.
     lease_duration "leaseDuration" = Duration::from_secs(15);
     /// How often the leader renews.
@@ -73,6 +81,8 @@ timing! {
     hold_timeout "holdTimeout" = Duration::from_secs(15);
     /// The registry's answer after the last byte of an upload.
     answer_timeout "answerTimeout" = Duration::from_mins(10);
+    /// Giving up an upload, so that the registry need not keep what arrived of it.
+    cancel_timeout "cancelTimeout" = Duration::from_secs(5);
     /// The first wait before a failed request to a registry is repeated; it doubles.
     backoff_first "backoffFirst" = Duration::from_secs(1);
     /// The longest wait between repetitions.

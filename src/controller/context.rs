@@ -20,7 +20,7 @@ use super::{
 use crate::{
     api::{ImageMirror, ImageMirrorStatus},
     config::Config,
-    telemetry::metrics::Metrics,
+    telemetry::{metrics::Metrics, server::Gates},
 };
 
 /// The field manager of everything we write.
@@ -33,6 +33,7 @@ pub(super) struct Context {
     pub(super) runner: Runner,
     pub(super) events: Events,
     pub(super) metrics: Arc<Metrics>,
+    pub(super) gates: Gates,
     /// What we last wrote of each object, by uid, for as long as the watch has not shown it to us.
     written: Mutex<HashMap<String, Written>>,
 }
@@ -65,8 +66,9 @@ impl Context {
         runner: Runner,
         events: Events,
         metrics: Arc<Metrics>,
+        gates: Gates,
     ) -> Self {
-        Self { client, config, runner, events, metrics, written: Mutex::default() }
+        Self { client, config, runner, events, metrics, gates, written: Mutex::default() }
     }
 
     /// The status of the object, or what we wrote since the watch showed it to us.

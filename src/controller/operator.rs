@@ -1,6 +1,6 @@
 //! Puts the operator together and takes it apart: probes first, then the CRD, then the lease, then the watch.
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{net::SocketAddr, sync::Arc};
 
 use futures::StreamExt as _;
 use kube::{
@@ -68,6 +68,7 @@ pub enum OperatorError {
 
 const GATE_CRD: &str = "crd";
 const GATE_LEASE: &str = "lease";
+const CRD_MISSING: &str = "the CustomResourceDefinition imagemirrors.imagemirror.dev to be installed";
 /// Objects looked at side by side.
 const CONCURRENT_RECONCILES: u16 = 16;
 
@@ -76,6 +77,9 @@ pub async fn run(config: Config, mut options: Options, shutdown: CancellationTok
     let config = Arc::new(config);
     // Reconciles are repeated by the controller: retries inside a call would only hide its deadline.
     options.kubernetes.default_retry = false;
+    // Whoever holds a connection without a word is given up, a watch too: it is ended before by the API server.
+    options.kubernetes.read_timeout = Some(config.timing.watch_timeout + config.timing.api_timeout);
+    options.kubernetes.reset_reader_on_write = true;
     let client = Client::try_from(options.kubernetes.clone())?;
     let lease_client = Client::try_from(options.kubernetes)?;
     let (metrics, exposition) = Metrics::new();
@@ -87,28 +91,33 @@ pub async fn run(config: Config, mut options: Options, shutdown: CancellationTok
     let server_stop = CancellationToken::new();
     let server = tokio::spawn(serve(listener, gates.clone(), Arc::new(exposition), server_stop.clone()));
 
-    if wait_for_crd(&client, &config, &gates, &shutdown).await {
-        let lease_options = LeaseOptions {
-            namespace: options.lease_namespace,
-            name: options.lease_name,
-            identity: options.identity.clone(),
-            duration: config.timing.lease_duration,
-            renew: config.timing.lease_renew,
-            api_timeout: config.timing.api_timeout,
-        };
-        let (mut lease, held_until) = Lease::new(lease_client, lease_options, gates.clone());
-        let registry = registry::Client::new(config.client_options());
-        while lease.acquire(&shutdown).await {
-            metrics.set_leader(true);
-            let fence = Fence::Held { until: held_until.clone(), margin: config.timing.tag_write_margin };
-            let end =
-                lead(&client, &config, &registry, fence, &metrics, &options.identity, &mut lease, &shutdown).await;
-            metrics.set_leader(false);
-            metrics.forget_all();
-            if end == KeepEnd::Shutdown {
-                lease.release().await;
-                break;
-            }
+    let lease_options = LeaseOptions {
+        namespace: options.lease_namespace,
+        name: options.lease_name,
+        identity: options.identity.clone(),
+        duration: config.timing.lease_duration,
+        renew: config.timing.lease_renew,
+        api_timeout: config.timing.api_timeout,
+    };
+    let (mut lease, held_until) = Lease::new(lease_client, lease_options, gates.clone());
+    let registry = registry::Client::new(config.client_options());
+    // Waited for at the start, and again once a leader has lost both.
+    while (gates.is_open(GATE_CRD) || wait_for_crd(&client, &config, &gates, &shutdown).await)
+        && lease.acquire(&shutdown).await
+    {
+        metrics.set_leader(true);
+        let fence = Fence::Held { until: held_until.clone(), margin: config.timing.tag_write_margin };
+        let events = Events::new(client.clone(), options.identity.clone(), config.timing.api_timeout);
+        let (wake, woken) = mpsc::channel::<ObjectRef<ImageMirror>>(1024);
+        let runner = Runner::new(&config, registry.clone(), fence, wake, Arc::clone(&metrics));
+        let context =
+            Context::new(client.clone(), Arc::clone(&config), runner, events, Arc::clone(&metrics), gates.clone());
+        let end = lead(Arc::new(context), woken, &mut lease, &shutdown).await;
+        metrics.set_leader(false);
+        metrics.forget_all();
+        if end == KeepEnd::Shutdown {
+            lease.release().await;
+            break;
         }
     }
     server_stop.cancel();
@@ -117,33 +126,33 @@ pub async fn run(config: Config, mut options: Options, shutdown: CancellationTok
 }
 
 /// Reconciles for as long as the lease is ours.
-#[allow(clippy::too_many_arguments, reason = "called once, where all of it is at hand")]
 async fn lead(
-    client: &Client,
-    config: &Arc<Config>,
-    registry: &registry::Client,
-    fence: Fence,
-    metrics: &Arc<Metrics>,
-    identity: &str,
+    context: Arc<Context>,
+    woken: mpsc::Receiver<ObjectRef<ImageMirror>>,
     lease: &mut Lease,
     shutdown: &CancellationToken,
 ) -> KeepEnd {
-    let (wake, woken) = mpsc::channel::<ObjectRef<ImageMirror>>(1024);
-    let runner = Runner::new(config, registry.clone(), fence, wake, Arc::clone(metrics));
-    let events = Events::new(client.clone(), identity.to_owned(), config.timing.api_timeout);
-    let context =
-        Arc::new(Context::new(client.clone(), Arc::clone(config), runner.clone(), events, Arc::clone(metrics)));
     let stop = CancellationToken::new();
-    let controller = tokio::spawn(control(Arc::clone(&context), woken, stop.clone()));
-    let end = lease.keep(shutdown).await;
+    let mut controller = tokio::spawn(control(Arc::clone(&context), woken, stop.clone()));
+    let timing = &context.config.timing;
+    let end = tokio::select! {
+        end = lease.keep(shutdown) => Some(end),
+        _ = &mut controller => None,
+    };
     // Nothing of ours may write a tag once the lease is lost: no run starts any more, and those that go on are cancelled.
     stop.cancel();
-    let (controller, ()) =
-        tokio::join!(tokio::time::timeout(config.timing.api_timeout, controller), runner.stop(config.timing.shutdown));
-    if controller.is_err() {
-        tracing::warn!("reconciles were still going on when the time for them was over");
+    let ended = async {
+        if end.is_some() && tokio::time::timeout(timing.api_timeout, controller).await.is_err() {
+            tracing::warn!("reconciles were still going on when the time for them was over");
+        }
+    };
+    tokio::join!(ended, context.runner.stop(timing.shutdown));
+    if let Some(end) = end {
+        return end;
     }
-    end
+    tracing::error!("the controller ended by a fault of ImageMirror: another begins, here or in a standby");
+    let _ = shutdown.run_until_cancelled(tokio::time::sleep(timing.api_backoff_max)).await;
+    KeepEnd::Lost
 }
 
 impl Observer for Context {
@@ -162,18 +171,24 @@ impl Observer for Context {
     fn complete(&self) {
         self.runner.claims().complete();
     }
+
+    fn served(&self, is_served: bool) {
+        if is_served {
+            self.gates.open(GATE_CRD);
+        } else {
+            self.gates.close(GATE_CRD, CRD_MISSING);
+        }
+    }
 }
 
 async fn control(context: Arc<Context>, woken: mpsc::Receiver<ObjectRef<ImageMirror>>, stop: CancellationToken) {
     let (reader, writer) = reflector::store::<Guarded>();
     let observer: Arc<dyn Observer> = Arc::clone(&context) as Arc<dyn Observer>;
-    let objects = changes(&context.client, &context.config.watch_namespaces, &observer)
+    let objects = changes(&context.client, &context.config.watch_namespaces, &context.config.timing, &observer)
         .reflect(writer)
         .touched_objects()
-        .predicate_filter(
-            predicates::generation.combine(predicates::annotations).combine(uid),
-            PredicateConfig::default(),
-        );
+        // Known by their uid: one deleted and created again with the same generation is looked at too.
+        .predicate_filter(predicates::generation.combine(predicates::annotations), PredicateConfig::default());
     let woken = ReceiverStream::new(woken).map(|object| {
         let guarded = ObjectRef::<Guarded>::new(&object.name);
         match object.namespace {
@@ -198,22 +213,13 @@ async fn control(context: Arc<Context>, woken: mpsc::Receiver<ObjectRef<ImageMir
         .await;
 }
 
-/// An object deleted and created again is another object, also if its generation and annotations are the same.
-#[allow(clippy::unnecessary_wraps, reason = "the form of a predicate")]
-fn uid(object: &Guarded) -> Option<u64> {
-    use std::hash::{DefaultHasher, Hash as _, Hasher as _};
-    let mut hasher = DefaultHasher::new();
-    kube::Resource::meta(object).uid.hash(&mut hasher);
-    Some(hasher.finish())
-}
-
 /// Waits until the API server knows our kind. False if the shutdown came first.
 async fn wait_for_crd(client: &Client, config: &Config, gates: &Gates, shutdown: &CancellationToken) -> bool {
     let api: Api<Guarded> = match config.watch_namespaces.first() {
         Some(namespace) => Api::namespaced(client.clone(), namespace),
         None => Api::all(client.clone()),
     };
-    let mut wait = Duration::from_secs(1);
+    let (mut wait, longest) = (config.timing.api_backoff_first, config.timing.api_backoff_max);
     loop {
         let one = ListParams::default().limit(1);
         let list = api.list(&one);
@@ -222,16 +228,14 @@ async fn wait_for_crd(client: &Client, config: &Config, gates: &Gates, shutdown:
                 gates.open(GATE_CRD);
                 return true;
             }
-            Err(super::Error::Api { source, .. }) if is_not_found(&source) => {
-                "the CustomResourceDefinition imagemirrors.imagemirror.dev to be installed".to_owned()
-            }
+            Err(super::Error::Api { source, .. }) if is_not_found(&source) => CRD_MISSING.to_owned(),
             Err(error) => error.to_string(),
         };
         tracing::warn!(waiting_for = %why, "not ready yet");
         gates.close(GATE_CRD, &why);
         tokio::select! {
             () = shutdown.cancelled() => return false,
-            () = tokio::time::sleep(wait) => wait = (wait * 2).min(Duration::from_secs(15)),
+            () = tokio::time::sleep(wait) => wait = (wait * 2).min(longest),
         }
     }
 }

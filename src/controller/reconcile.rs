@@ -1,7 +1,8 @@
 //! One look at one object: the steps in their order, and what is written of them.
 
-use std::{sync::Arc, time::Duration};
+use std::{panic::AssertUnwindSafe, sync::Arc, time::Duration};
 
+use futures::FutureExt as _;
 use jiff::Timestamp;
 use kube::{
     Resource as _, ResourceExt as _,
@@ -34,6 +35,15 @@ pub(super) type Guarded = DeserializeGuard<ImageMirror>;
 
 /// Looks at an object, does the next thing, and says when to look again.
 pub(super) async fn reconcile(object: Arc<Guarded>, context: Arc<Context>) -> Result<Requeue, Error> {
+    caught(look(object, context)).await
+}
+
+/// A fault of ours at one object ends neither the controller nor the reconciles of others.
+async fn caught<T>(reconcile: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
+    AssertUnwindSafe(reconcile).catch_unwind().await.unwrap_or(Err(Error::Panicked))
+}
+
+async fn look(object: Arc<Guarded>, context: Arc<Context>) -> Result<Requeue, Error> {
     let id = identity(object.meta())?;
     if !context.config.watches(&id.namespace) {
         return Ok(Requeue::await_change());
@@ -111,15 +121,22 @@ pub(super) async fn reconcile(object: Arc<Guarded>, context: Arc<Context>) -> Re
 pub(super) fn after_error(object: Arc<Guarded>, error: &Error, context: Arc<Context>) -> Requeue {
     context.metrics.reconcile_error(error.reason().as_str());
     let name = object.name_any();
+    let timing = &context.config.timing;
     if error.is_not_found() {
-        return Requeue::await_change();
+        // Gone: the watch says so soon, and nobody looks again. Or the API server has lost the kind for a moment, and
+        // what is left to be written must not be forgotten.
+        tracing::debug!(%name, %error, "the object is not there");
+        return Requeue::requeue(timing.secret_retry);
     }
     if error.is_conflict() {
         tracing::debug!(%name, "somebody else wrote the object: looking again");
         return Requeue::requeue(Duration::from_millis(200));
     }
     tracing::warn!(%name, namespace = object.namespace().unwrap_or_default(), %error, "a reconcile failed");
-    Requeue::requeue(context.config.timing.secret_retry)
+    match error {
+        Error::Panicked => Requeue::requeue(timing.retry_transient_min),
+        _ => Requeue::requeue(error.retry_after().unwrap_or_default().max(timing.secret_retry)),
+    }
 }
 
 fn identity(meta: &ObjectMeta) -> Result<Identity, Error> {
@@ -310,4 +327,22 @@ fn running(
         return status::progressing(mirror, current, view.progress, now);
     }
     ImageMirrorStatus { progress: current.progress, ..status::settled(mirror, current, now) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_reconcile_that_panics_is_one_that_failed() {
+        let panics = async {
+            // Not at the first poll: what was awaited before is dropped too.
+            tokio::task::yield_now().await;
+            assert_ne!(1, 1, "a fault of ours");
+            Ok(())
+        };
+        let error = caught(panics).await.expect_err("it panicked");
+        assert!(matches!(error, Error::Panicked) && error.reason() == Reason::InternalError);
+        assert!(caught(async { Ok(()) }).await.is_ok());
+    }
 }

@@ -1,5 +1,9 @@
 //! The objects of one or more namespaces as one stream of changes, and word of every object that is there or gone: also
 //! of one whose deletion was missed while the watch was down.
+//!
+//! kube's watcher goes on from where it was for as long as it can. What would keep it from the truth for good is mended
+//! here: a refusal to go on from there that comes as an HTTP status, which it repeats for ever, and an event that never
+//! came. A connection that says nothing any more is broken by the client's read timeout.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -7,16 +11,22 @@ use std::{
         Arc,
         atomic::{AtomicUsize, Ordering},
     },
+    time::Duration,
 };
 
-use futures::{Stream, StreamExt as _, stream};
+use futures::{
+    Stream, StreamExt as _,
+    stream::{self, BoxStream},
+};
 use kube::{
     Api, Client, Resource as _,
     core::{DeserializeGuard, ObjectMeta, error_boundary::InvalidObject},
-    runtime::{WatchStreamExt as _, watcher},
+    runtime::watcher,
 };
+use tokio::time::{Instant, sleep, sleep_until};
 
-use super::reconcile::Guarded;
+use super::{error::is_not_found, reconcile::Guarded};
+use crate::config::Timing;
 
 type Change = watcher::Result<watcher::Event<Guarded>>;
 
@@ -28,12 +38,15 @@ pub(super) trait Observer: Send + Sync {
     fn gone(&self, meta: &ObjectMeta);
     /// Every object that there is has been shown.
     fn complete(&self);
+    /// Whether the API server knows the kind at all.
+    fn served(&self, is_served: bool);
 }
 
 /// Changes in these namespaces, or in all where none is named.
 pub(super) fn changes(
     client: &Client,
     namespaces: &[String],
+    timing: &Timing,
     observer: &Arc<dyn Observer>,
 ) -> impl Stream<Item = Change> + Send + 'static {
     let apis: Vec<Api<Guarded>> = match namespaces {
@@ -43,14 +56,117 @@ pub(super) fn changes(
     let incomplete = Arc::new(AtomicUsize::new(apis.len()));
     let scopes = apis.into_iter().map(|api| {
         let mut scope = Scope::new(Arc::clone(observer), Arc::clone(&incomplete));
-        watcher(api, watcher::Config::default())
-            .default_backoff()
-            .flat_map(move |event| stream::iter(scope.changes(event)))
-            .boxed()
+        watch(api, timing.clone()).flat_map(move |event| stream::iter(scope.changes(event))).boxed()
     });
     // Several lists make one store: it is complete as soon as it may hold anything, and each list is told apart here.
     let opening = [Ok(watcher::Event::Init), Ok(watcher::Event::InitDone)];
     stream::iter(opening).chain(stream::select_all(scopes))
+}
+
+fn watch(api: Api<Guarded>, timing: Timing) -> impl Stream<Item = Change> + Send {
+    stream::unfold(Watch::new(api, timing), |mut watch| async { Some((watch.next().await, watch)) })
+}
+
+/// A watch that begins anew from a list when it cannot go on, and now and then in any case.
+struct Watch {
+    api: Api<Guarded>,
+    timing: Timing,
+    events: BoxStream<'static, Change>,
+    /// Not while a list is being read.
+    relist_at: Option<Instant>,
+    backoff: Backoff,
+}
+
+impl Watch {
+    fn new(api: Api<Guarded>, timing: Timing) -> Self {
+        let backoff = Backoff::new(timing.api_backoff_first, timing.api_backoff_max);
+        Self { events: listed(&api, &timing), api, timing, relist_at: None, backoff }
+    }
+
+    async fn next(&mut self) -> Change {
+        self.backoff.wait().await;
+        loop {
+            let relist_at = self.relist_at;
+            let change = tokio::select! {
+                Some(change) = self.events.next() => change,
+                () = sleep_until(relist_at.unwrap_or_else(Instant::now)), if relist_at.is_some() => {
+                    self.begin();
+                    continue;
+                }
+            };
+            match &change {
+                Ok(watcher::Event::InitDone) => self.relist_at = Some(Instant::now() + self.timing.watch_relist),
+                Ok(_) => {}
+                Err(error) => {
+                    self.backoff.failed();
+                    if is_refusal(error) {
+                        self.begin();
+                    }
+                }
+            }
+            return change;
+        }
+    }
+
+    fn begin(&mut self) {
+        self.events = listed(&self.api, &self.timing);
+        self.relist_at = None;
+    }
+}
+
+fn listed(api: &Api<Guarded>, timing: &Timing) -> BoxStream<'static, Change> {
+    let seconds = u32::try_from(timing.watch_timeout.as_secs()).unwrap_or(u32::MAX).max(1);
+    watcher(api.clone(), watcher::Config::default().timeout(seconds)).boxed()
+}
+
+/// Whether the API server, or what is in front of it, does not let a watch go on from where it was: asking for the same
+/// again is of no use.
+fn is_refusal(error: &watcher::Error) -> bool {
+    let watcher::Error::WatchStartFailed(kube::Error::Api(status)) = error else { return false };
+    (400..500).contains(&status.code) && status.code != 429
+}
+
+/// Whether the API server does not know the kind.
+fn is_unserved(error: &watcher::Error) -> bool {
+    match error {
+        watcher::Error::InitialListFailed(error)
+        | watcher::Error::WatchStartFailed(error)
+        | watcher::Error::WatchFailed(error) => is_not_found(error),
+        _ => false,
+    }
+}
+
+/// How long to wait after errors. Not what works in between makes the waits short again, but time without an error: a
+/// list that works and a watch that does not would else be asked for without a pause.
+struct Backoff {
+    first: Duration,
+    max: Duration,
+    next: Duration,
+    failed_at: Option<Instant>,
+    is_due: bool,
+}
+
+impl Backoff {
+    fn new(first: Duration, max: Duration) -> Self {
+        Self { first, max, next: first, failed_at: None, is_due: false }
+    }
+
+    fn failed(&mut self) {
+        let now = Instant::now();
+        let before = self.failed_at.replace(now);
+        if before.is_none_or(|before| now.duration_since(before) > self.max * 2) {
+            self.next = self.first;
+        }
+        self.is_due = true;
+    }
+
+    /// Waits if there was an error since, up to a half less than what is due so that replicas do not ask in step.
+    async fn wait(&mut self) {
+        if std::mem::take(&mut self.is_due) {
+            sleep(self.next.mul_f64(1.0 - fastrand::f64() / 2.0)).await;
+            self.next = (self.next * 2).min(self.max);
+        }
+    }
 }
 
 /// What one watch has shown.
@@ -70,7 +186,12 @@ impl Scope {
 
     fn changes(&mut self, event: Change) -> Vec<Change> {
         match event {
-            Err(error) => vec![Err(error)],
+            Err(error) => {
+                if is_unserved(&error) {
+                    self.observer.served(false);
+                }
+                vec![Err(error)]
+            }
             Ok(watcher::Event::Init) => {
                 self.listed = Some(HashSet::new());
                 Vec::new()
@@ -83,6 +204,7 @@ impl Scope {
             }
             Ok(watcher::Event::InitDone) => {
                 let missing = self.missing();
+                self.observer.served(true);
                 self.complete();
                 missing
             }
@@ -174,6 +296,8 @@ mod tests {
         fn complete(&self) {
             self.add("complete", &ObjectMeta::default());
         }
+
+        fn served(&self, _: bool) {}
     }
 
     #[test]
@@ -191,6 +315,25 @@ mod tests {
         assert_eq!(send(watcher::Event::InitDone), 1);
         send(watcher::Event::Delete(object("a", "3")));
         assert_eq!(*heard.0.lock().unwrap(), ["+1", "+2", "complete", "-1", "+3", "+3", "-2", "-3"]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn waits_after_errors_double_until_there_was_none_for_a_while() {
+        let mut backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(15));
+        let waited = async |backoff: &mut Backoff| {
+            let start = Instant::now();
+            backoff.wait().await;
+            start.elapsed().as_secs_f64()
+        };
+        for expected in [1.0, 2.0, 4.0, 8.0, 15.0, 15.0] {
+            backoff.failed();
+            let found = waited(&mut backoff).await;
+            assert!((expected / 2.0..=expected + 0.01).contains(&found), "{found} of {expected}");
+            assert!(waited(&mut backoff).await < 0.01, "nothing failed since");
+        }
+        tokio::time::advance(Duration::from_secs(31)).await;
+        backoff.failed();
+        assert!(waited(&mut backoff).await < 1.01);
     }
 
     #[test]

@@ -37,6 +37,8 @@ pub struct Timing {
     pub hold: Duration,
     /// For the answer after the last byte of an upload.
     pub answer: Duration,
+    /// For giving up an upload.
+    pub cancel: Duration,
     /// How long an unused connection is kept.
     pub pool_idle: Duration,
     /// The first wait before a failed request is repeated; later ones double.
@@ -58,6 +60,7 @@ impl Default for Timing {
             floor: Floor::default(),
             hold: Duration::from_secs(15),
             answer: Duration::from_mins(10),
+            cancel: Duration::from_secs(5),
             pool_idle: Duration::from_secs(20),
             backoff_first: Duration::from_secs(1),
             backoff_max: Duration::from_secs(30),

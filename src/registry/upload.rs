@@ -65,9 +65,6 @@ pub enum PutError {
     Target(Error),
 }
 
-/// Best effort, never waited for longer.
-const CANCEL_TIMEOUT: Duration = Duration::from_secs(5);
-
 /// The uploads of a run that are open. What is dropped unfinished is cancelled by [`clean_up`](Self::clean_up).
 #[derive(Default)]
 pub struct Sessions {
@@ -78,9 +75,7 @@ impl Sessions {
     /// Cancels the uploads that were left open by copies that failed or were dropped.
     pub async fn clean_up(&self) {
         let abandoned = std::mem::take(&mut *self.abandoned.lock().unwrap_or_else(PoisonError::into_inner));
-        let cancels = futures::future::join_all(abandoned.iter().map(Upload::cancel));
-        // Never holds up the end of a run.
-        let _ = timeout(CANCEL_TIMEOUT, cancels).await;
+        futures::future::join_all(abandoned.iter().map(Upload::cancel)).await;
     }
 
     pub(super) fn open(&self, upload: Upload) -> OpenSession<'_> {
@@ -334,7 +329,7 @@ impl Upload {
     }
 
     /// Gives the session up. Best effort: the location is asked for again first, because once bytes have arrived
-    /// registries know the session only by a newer one.
+    /// registries know the session only by a newer one. Never holds up the end of a run.
     pub(super) async fn cancel(&self) {
         let cancel = async {
             // Bytes that were under way may arrive in between, and make the location an old one.
@@ -346,7 +341,7 @@ impl Upload {
                 tracing::debug!(%error, "an upload session was left to expire");
             }
         };
-        let _ = timeout(CANCEL_TIMEOUT, cancel).await;
+        let _ = timeout(self.repository.client().timing().cancel, cancel).await;
     }
 
     async fn give_up(&self) -> Result<(), Error> {

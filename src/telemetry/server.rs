@@ -74,6 +74,12 @@ impl Gates {
         self.snapshot().iter().all(|gate| gate.waiting_for.is_none())
     }
 
+    /// Whether a gate is open.
+    #[must_use]
+    pub fn is_open(&self, name: &str) -> bool {
+        self.snapshot().iter().any(|gate| gate.name == name && gate.waiting_for.is_none())
+    }
+
     fn set(&self, name: &'static str, waiting_for: Option<String>) {
         let mut gates = self.gates.lock().unwrap_or_else(PoisonError::into_inner);
         match gates.iter_mut().find(|gate| gate.name == name) {

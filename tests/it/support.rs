@@ -20,7 +20,7 @@ use kube::{
     runtime::wait::await_condition,
 };
 use serde_json::{Value, json};
-use testenv::{Env, Process, Registry, images::Image};
+use testenv::{Env, Process, Proxy, Registry, images::Image};
 use tokio::sync::OnceCell;
 
 use crate::statuses::Watch;
@@ -80,6 +80,14 @@ impl Place {
         place.pull_secret("push", &[&env.target]).await?;
         place.secret("ca", "Opaque", &[("ca.crt", &env.ca_pem)]).await?;
         Ok(place)
+    }
+
+    /// A proxy before the API server: operators that are started from now on go through it.
+    pub(crate) async fn api_proxy(&self) -> Result<Proxy> {
+        let proxy = Proxy::to_apiserver(self.env).start().await?;
+        let kubeconfig = std::fs::read_to_string(&self.kubeconfig)?;
+        std::fs::write(&self.kubeconfig, kubeconfig.replace(&self.env.apiserver, &proxy.url()))?;
+        Ok(proxy)
     }
 
     pub(crate) fn repository(&self, name: &str) -> String {
@@ -296,6 +304,12 @@ impl Operator {
         let status = answer.split(' ').nth(1).and_then(|status| status.parse().ok()).context("no HTTP status")?;
         let body = answer.split_once("\r\n\r\n").map(|(_, body)| body.to_owned()).unwrap_or_default();
         Ok((status, body))
+    }
+
+    /// Whether it leads; false too if it does not answer.
+    pub(crate) async fn leads(&self) -> bool {
+        let answer = tokio::time::timeout(Duration::from_secs(1), self.get("/metrics")).await;
+        answer.is_ok_and(|answer| answer.is_ok_and(|(_, metrics)| metrics.contains("imagemirror_leader 1")))
     }
 
     pub(crate) fn logged(&self) -> Result<String> {

@@ -78,6 +78,8 @@ pub enum Action {
     TruncateBody {
         after: u64,
     },
+    /// Leave out the lines of the answer's body that contain this: events of a watch.
+    DropLines(String),
     /// Put this (`https://HOST:PORT`) before the path and query of the answer's `Location`.
     MoveLocation(String),
     /// Replace or add a header of the answer, after everything above. For a body that is shorter than its

@@ -4,6 +4,7 @@
 use http::uri::PathAndQuery;
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, Uri, header, request, response};
 use http_body_util::BodyExt;
+use hyper::body::Frame;
 
 use super::action::Action;
 use super::body::Body;
@@ -46,6 +47,10 @@ pub(super) fn body(parts: &mut response::Parts, mut body: Body, is_head: bool, a
                 let length = told(&parts.headers).map(|length| length + bytes.len() as u64);
                 (append(body, full(bytes.clone())), length)
             }
+            Action::DropLines(part) => {
+                parts.headers.remove(header::CONTENT_LENGTH);
+                (without_lines(body, part.clone()), None)
+            }
             Action::TruncateBody { after } => (body, told(&parts.headers).map(|length| length.min(*after))),
             _ => continue,
         };
@@ -82,7 +87,36 @@ fn set(headers: &mut HeaderMap, name: &str, value: &str) {
 fn append(first: Body, second: Body) -> Body {
     let bodies = futures::stream::iter([first, second]);
     let frames = futures::StreamExt::flat_map(bodies, BodyExt::into_data_stream);
-    let frames = futures::TryStreamExt::map_ok(frames, hyper::body::Frame::data);
+    let frames = futures::TryStreamExt::map_ok(frames, Frame::data);
+    http_body_util::StreamBody::new(frames).boxed_unsync()
+}
+
+/// Line by line, because a watch has no end; a line comes as soon as it is whole.
+fn without_lines(body: Body, part: String) -> Body {
+    let state = (body, Vec::new(), part);
+    let frames = futures::stream::unfold(state, |(mut body, mut rest, part)| async {
+        loop {
+            let frame = match body.frame().await {
+                Some(Ok(frame)) => frame,
+                Some(Err(error)) => return Some((Err(error), (body, rest, part))),
+                None if rest.is_empty() => return None,
+                None => {
+                    let last = Frame::data(std::mem::take(&mut rest).into());
+                    return Some((Ok(last), (body, rest, part)));
+                }
+            };
+            let Ok(data) = frame.into_data() else { continue };
+            rest.extend_from_slice(&data);
+            let whole = rest.iter().rposition(|byte| *byte == b'\n').map_or(0, |end| end + 1);
+            let lines: Vec<u8> = rest.drain(..whole).collect();
+            let is_kept = |line: &&[u8]| !String::from_utf8_lossy(line).contains(&part);
+            let kept: Vec<u8> =
+                lines.split_inclusive(|byte| *byte == b'\n').filter(is_kept).flatten().copied().collect();
+            if !kept.is_empty() {
+                return Some((Ok(Frame::data(kept.into())), (body, rest, part)));
+            }
+        }
+    });
     http_body_util::StreamBody::new(frames).boxed_unsync()
 }
 

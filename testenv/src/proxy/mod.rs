@@ -21,6 +21,7 @@ use anyhow::{Context, Result};
 use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Notify;
 use tokio::task::{JoinHandle, JoinSet};
 use tokio_rustls::TlsAcceptor;
 
@@ -96,6 +97,7 @@ impl ProxyBuilder<'_> {
             down: Arc::new(Pace::new(self.down)),
             log: Log::default(),
             rules: Mutex::default(),
+            cut: Notify::new(),
         });
         let identity = self.identity.map_or_else(|| self.env.ca()?.server(), Ok)?;
         let acceptor = if self.tls { Some(TlsAcceptor::from(identity.server_config()?)) } else { None };
@@ -200,6 +202,11 @@ impl Proxy {
         self.wait_for(is_there, Duration::from_secs(30)).await
     }
 
+    /// Cuts all connections there are, as a server does that is killed. New ones are taken.
+    pub fn cut(&self) {
+        self.shared.cut.notify_waiters();
+    }
+
     /// Closes all connections and waits until that is done.
     pub async fn stop(mut self) {
         self.task.abort();
@@ -225,6 +232,7 @@ struct Shared {
     down: Arc<Pace>,
     log: Log,
     rules: Mutex<Rules>,
+    cut: Notify,
 }
 
 impl Shared {
@@ -265,6 +273,7 @@ async fn connection(stream: TcpStream, acceptor: Option<TlsAcceptor>, shared: Ar
 }
 
 async fn serve(stream: impl AsyncRead + AsyncWrite + Unpin + 'static, control: Arc<Control>, shared: Arc<Shared>) {
+    let cut = Arc::clone(&shared);
     let connection = Arc::new(Connection::new(shared, Arc::clone(&control)));
     let service = hyper::service::service_fn(|request| {
         let connection = Arc::clone(&connection);
@@ -274,5 +283,6 @@ async fn serve(stream: impl AsyncRead + AsyncWrite + Unpin + 'static, control: A
     tokio::select! {
         _ = serving => {}
         () = control.ended() => {}
+        () = cut.cut.notified() => control.end(Close::Reset),
     }
 }

@@ -49,6 +49,19 @@ async fn a_body_becomes_another_shorter_or_longer_with_its_length() {
 }
 
 #[tokio::test]
+async fn lines_are_left_out_and_all_connections_cut() {
+    let (proxy, repository, blob) = blob("lines").await;
+    let url = format!("{}/v2/{repository}/blobs/{}", proxy.url(), blob.digest);
+    proxy.rule(blob_gets().times(1), [Action::replace_body("a1\nb2\na3\nrest"), Action::DropLines("a".to_owned())]);
+    assert_eq!(raw().get(&url).send().await.unwrap().text().await.unwrap(), "b2\nrest");
+    proxy.rule(blob_gets().times(1), Action::StallResponseBody { after: 10 });
+    let stalled = raw().get(&url).send().await.unwrap();
+    proxy.cut();
+    assert!(stalled.bytes().await.is_err());
+    assert_eq!(raw().get(&url).send().await.unwrap().bytes().await.unwrap(), blob.bytes);
+}
+
+#[tokio::test]
 async fn a_range_can_be_ignored_and_a_status_can_be_another() {
     let (proxy, repository, blob) = blob("range").await;
     let url = format!("{}/v2/{repository}/blobs/{}", proxy.url(), blob.digest);

@@ -16,10 +16,13 @@ use super::{
     events::Events,
     reconcile::Guarded,
     runner::Runner,
+    shared::Shared,
 };
 use crate::{
     api::{ImageMirror, ImageMirrorStatus},
     config::Config,
+    mirror::Account,
+    oci::Digest,
     telemetry::metrics::Metrics,
 };
 
@@ -33,6 +36,10 @@ pub(super) struct Context {
     pub(super) runner: Runner,
     pub(super) events: Events,
     pub(super) metrics: Arc<Metrics>,
+    /// What Secrets said when they were last read, by their contents' digests.
+    pub(super) contents: Shared<Digest>,
+    /// What ServiceAccounts said when they were last read.
+    pub(super) accounts: Shared<Account>,
     /// What we last wrote of each object, by uid, for as long as the watch has not shown it to us.
     written: Mutex<HashMap<String, Written>>,
 }
@@ -66,7 +73,8 @@ impl Context {
         events: Events,
         metrics: Arc<Metrics>,
     ) -> Self {
-        Self { client, config, runner, events, metrics, written: Mutex::default() }
+        let (contents, accounts) = (Shared::default(), Shared::default());
+        Self { client, config, runner, events, metrics, contents, accounts, written: Mutex::default() }
     }
 
     /// The status of the object, or what we wrote since the watch showed it to us.

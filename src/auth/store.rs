@@ -209,8 +209,10 @@ fn json_error(error: &serde_json::Error) -> ConfigError {
     ConfigError::Json { line: error.line(), column: error.column() }
 }
 
-fn shorten(text: &str) -> String {
-    text.chars().take(80).collect()
+/// A key as messages show it: not what stands before an `@`, which may be a login.
+fn shorten(key: &str) -> String {
+    let key = key.rsplit_once('@').map_or(key, |(_, rest)| rest);
+    key.chars().take(80).collect()
 }
 
 #[cfg(test)]
@@ -250,6 +252,7 @@ mod tests {
             (r#"{"auths":{}}"#, "no entry"),
             (r#"{"auths":{"gcr.io":{}},"credsStore":"desktop"}"#, "no entry"),
             (r#"{"auths":{"a b":{"username":"u","password":"hunter2"}}}"#, "not host[:port][/path]"),
+            (r#"{"auths":{"https://u:hunter2@gcr.io":{"auth":"?"}}}"#, "\"gcr.io\" is not base64"),
         ] {
             let message = CredentialStore::from_docker_config_json(config.as_bytes(), "x").unwrap_err().to_string();
             assert!(message.contains(expected), "{message}");

@@ -5,11 +5,13 @@
 
 mod api;
 mod api_data;
+mod audit;
 mod bad_input;
 mod boundaries;
 mod cases;
 mod catalogue;
 mod compatibility;
+mod credentials;
 mod direct;
 mod economy;
 mod engine;
@@ -28,3 +30,4 @@ mod statuses;
 mod support;
 mod tags;
 mod uploads;
+mod walls;

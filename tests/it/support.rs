@@ -3,6 +3,7 @@
 use std::{
     path::PathBuf,
     process::{Command, Stdio},
+    sync::Mutex,
     time::Duration,
 };
 
@@ -23,7 +24,7 @@ use serde_json::{Value, json};
 use testenv::{Env, Process, Registry, images::Image};
 use tokio::sync::OnceCell;
 
-use crate::statuses::Watch;
+use crate::{audit::trespasses, statuses::Watch};
 
 /// Longer than anything a test waits for should take, on a busy machine.
 pub(crate) const PATIENCE: Duration = Duration::from_mins(1);
@@ -38,6 +39,8 @@ pub(crate) struct Place {
     kubeconfig: PathBuf,
     /// Every status that is written here.
     pub(crate) statuses: Watch,
+    /// The namespaces that operators of this place serve.
+    served: Mutex<Vec<String>>,
 }
 
 /// A status that breaks a rule fails the test that it was written in.
@@ -47,6 +50,9 @@ impl Drop for Place {
             let mut violations = self.statuses.finish();
             violations.truncate(10);
             assert!(violations.is_empty(), "statuses that break a rule:\n{}", violations.join("\n"));
+            let served = self.served.lock().map(|served| served.clone()).unwrap_or_default();
+            let trespasses = trespasses(self.env, &self.namespace, &served);
+            assert!(trespasses.is_empty(), "what no operator may ask:\n{}", trespasses.join("\n"));
         }
     }
 }
@@ -70,16 +76,22 @@ impl Place {
         let metadata = ObjectMeta { name: Some(namespace.clone()), ..ObjectMeta::default() };
         let object = Namespace { metadata, ..Namespace::default() };
         Api::<Namespace>::all(client.clone()).create(&PostParams::default(), &object).await?;
-        install_rbac(env, &namespace)?;
+        install_rbac(env, &namespace, &[&namespace])?;
         let token = kubectl(env, &["create", "token", "imagemirror", "-n", &namespace, "--duration=1h"])?;
         let kubeconfig = env.run_dir.join(format!("{namespace}.kubeconfig"));
         std::fs::write(&kubeconfig, env.kubeconfig_for(token.trim()))?;
         let statuses = Watch::start(env, &namespace);
-        let place = Self { env, client, namespace, prefix: format!("{test}-{suffix}"), kubeconfig, statuses };
+        let served = Mutex::new(vec![namespace.clone()]);
+        let place = Self { env, client, namespace, prefix: format!("{test}-{suffix}"), kubeconfig, statuses, served };
         place.pull_secret("pull", &[&env.source]).await?;
         place.pull_secret("push", &[&env.target]).await?;
         place.secret("ca", "Opaque", &[("ca.crt", &env.ca_pem)]).await?;
         Ok(place)
+    }
+
+    /// Another namespace, in which an operator of this one may do what it may do here.
+    pub(crate) async fn neighbour(&self, test: &str) -> Result<Self> {
+        Box::pin(Self::new(test)).await
     }
 
     pub(crate) fn repository(&self, name: &str) -> String {
@@ -97,6 +109,19 @@ impl Place {
     }
 
     pub(crate) fn operator_in(&self, networks: &Value, timing: &Value, level: &str) -> Result<Operator> {
+        self.start_operator(&[self], networks, timing, level)
+    }
+
+    /// One that serves these places, with the rights of the chart for all of them.
+    pub(crate) fn operator_for(&self, places: &[&Self]) -> Result<Operator> {
+        let namespaces: Vec<_> = places.iter().map(|place| place.namespace.as_str()).collect();
+        install_rbac(self.env, &self.namespace, &namespaces)?;
+        *self.served.lock().map_err(|_| anyhow::anyhow!("poisoned"))? =
+            namespaces.into_iter().map(Into::into).collect();
+        self.start_operator(places, &json!({"allow": ["127.0.0.0/8", "::1"]}), &json!({}), "debug")
+    }
+
+    fn start_operator(&self, places: &[&Self], networks: &Value, timing: &Value, level: &str) -> Result<Operator> {
         let mut times = json!({
             "apiTimeout": "5s", "leaseDuration": "3s", "leaseRenew": "500ms", "tagWriteTimeout": "1200ms", "tagWriteMargin": "2200ms",
             "retryTransientMin": "500ms", "retryTransientMax": "2s", "retryAuth": "10m", "secretRetry": "200ms",
@@ -106,7 +131,8 @@ impl Place {
         if let (Some(times), Some(changes)) = (times.as_object_mut(), timing.as_object()) {
             times.extend(changes.clone());
         }
-        let config = json!({"watchNamespaces": [self.namespace], "timing": times, "networks": networks});
+        let namespaces: Vec<_> = places.iter().map(|place| &place.namespace).collect();
+        let config = json!({"watchNamespaces": namespaces, "timing": times, "networks": networks});
         let name = format!("{}-{:06x}", self.namespace, fastrand::u32(..0x100_0000));
         let path = self.env.run_dir.join(format!("{name}.yaml"));
         std::fs::write(&path, config.to_string())?;
@@ -142,6 +168,15 @@ impl Place {
         }
         api.create(&PostParams::default(), &secret).await?;
         Ok(())
+    }
+
+    /// The same as a document for the command line.
+    pub(crate) fn document(&self, name: &str, type_: &str, data: &[(&str, &str)]) -> Value {
+        let data: serde_json::Map<_, _> = data.iter().map(|(key, value)| ((*key).to_owned(), json!(value))).collect();
+        json!({
+            "apiVersion": "v1", "kind": "Secret", "metadata": {"name": name, "namespace": self.namespace},
+            "type": type_, "stringData": data,
+        })
     }
 
     pub(crate) async fn pull_secret(&self, name: &str, registries: &[&Registry]) -> Result<()> {
@@ -348,14 +383,14 @@ async fn install_crd(env: &Env) -> Result<()> {
     INSTALLED.get_or_try_init(install).await.map(|&()| ())
 }
 
-/// The ServiceAccount and the roles of the chart, for one namespace: a right that is missing fails a test.
-fn install_rbac(env: &Env, namespace: &str) -> Result<()> {
-    let watched = format!("watchNamespaces={{{namespace}}}");
+/// The ServiceAccount and the roles of the chart, for these namespaces: a right that is missing fails a test.
+fn install_rbac(env: &Env, namespace: &str, watched: &[&str]) -> Result<()> {
+    let watched = format!("watchNamespaces={{{}}}", watched.join(","));
     let only =
         ["--show-only", "templates/rbac.yaml", "--show-only", "templates/serviceaccount.yaml", "--set", &watched];
     let objects = rendered_chart(env, namespace, &only)?;
     let mut apply = Command::new(env.tools.join("kubectl"));
-    apply.arg("--kubeconfig").arg(&env.kubeconfig).args(["apply", "-n", namespace, "-f", "-"]);
+    apply.arg("--kubeconfig").arg(&env.kubeconfig).args(["apply", "-f", "-"]);
     run(&mut apply, Some(&objects)).map(|_| ())
 }
 

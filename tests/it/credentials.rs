@@ -8,7 +8,7 @@ use imagemirror::{
     registry::{Access, Client, Proxy as HttpProxy, Repository},
 };
 use jiff::SignedDuration;
-use serde_json::json;
+use serde_json::{Value, json};
 use testenv::{
     Env, Forwarder, Registry, RegistryOptions, RegistryServer, Tunnel,
     certs::Ca,
@@ -24,6 +24,11 @@ use crate::{
     support::{Place, condition, eventually},
 };
 
+/// Secrets are waited for so long, and the lease is not lost on a busy machine: after that everything is read again.
+fn steady(secret_retry: &str) -> Value {
+    json!({"secretRetry": secret_retry, "secretRetryWindow": "1h", "leaseDuration": "1m"})
+}
+
 #[tokio::test]
 async fn objects_that_wait_for_one_secret_ask_for_it_once() -> Result<()> {
     const OBJECTS: usize = 8;
@@ -31,7 +36,7 @@ async fn objects_that_wait_for_one_secret_ask_for_it_once() -> Result<()> {
     let (source, target) = (&place.env.source, &place.env.target);
     place.push(source, "agent", "1", &Image::single(421, &[1000])).await?;
     let every = Duration::from_secs(1);
-    let _operator = place.operator_with(&json!({"secretRetry": "1s", "secretRetryWindow": "1h"}), "debug")?;
+    let _operator = place.operator_with(&steady("1s"), "debug")?;
     let mut spec = place.spec(source, target, &[("agent", &["1"])]);
     spec["imagePullSecrets"] = json!([{"name": "later"}]);
     let names: Vec<String> = (0..OBJECTS).map(|number| format!("m{number}")).collect();
@@ -101,7 +106,7 @@ async fn a_password_that_is_replaced_during_a_run_is_read_again_after_a_401() ->
         place.push(server.registry(), "agent", tag, image).await?;
     }
     place.pull_secret("pull", &[source.registry()]).await?;
-    let operator = place.operator()?;
+    let operator = place.operator_with(&steady("5m"), "debug")?;
     // Every manifest has been let out when the password changes, and no layer.
     let gate = Gate::new();
     source.rule(Matcher::new().method("GET").route(Route::Manifest), Action::GateAnswer(gate.clone()));
@@ -121,7 +126,7 @@ async fn a_password_that_is_replaced_during_a_run_is_read_again_after_a_401() ->
     let looks = reads(place.env, &place.namespace, "pull")?;
     ensure!(looks.len() == 2, "{looks:?}");
     ensure!(operator.logged()?.matches("run ended").count() == 1);
-    let failed = |status: &serde_json::Value| status["conditions"].to_string().contains("AuthenticationFailed");
+    let failed = |status: &Value| status["conditions"].to_string().contains("AuthenticationFailed");
     ensure!(!place.statuses.seen("m").iter().any(failed), "it was said to have failed");
     Ok(())
 }
@@ -131,7 +136,7 @@ async fn a_refused_password_is_looked_at_once_more_and_then_waits() -> Result<()
     let place = Place::new("stale").await?;
     let source = &place.env.source;
     place.pull_secret("pull", &[&source.with_credentials("puller", "stale")]).await?;
-    let _operator = place.operator_with(&json!({"secretRetry": "5m"}), "debug")?;
+    let _operator = place.operator_with(&steady("5m"), "debug")?;
     place.apply("m", &place.spec(source, &place.env.target, &[("agent", &["1"])])).await?;
     place.until_reason("m", "AuthenticationFailed").await?;
     let looks = reads(place.env, &place.namespace, "pull")?;

@@ -45,6 +45,11 @@ test: release ## Run every test against a real control plane and real registries
 	TESTENV=$(TARGET_DIR)/debug/testenv hack/image $(BINARY) $(TARGET_DIR)/image
 	$(TARGET_DIR)/debug/testenv up -- cargo test --workspace --locked
 
+.PHONY: golden
+golden: ## Write tests/golden from what the tests see now
+	$(BUILD)
+	UPDATE_GOLDEN=1 $(TARGET_DIR)/debug/testenv up -- cargo test --locked --test it golden
+
 # ROUNDS is how often each run is made, 5 by default. BENCH_PEERS names further peers as NAME=PROGRAM. WORKLOADS (W1, W2,
 # W1-far, W2-far) and CLIENTS measure a part of the whole, and write no file. DEADLINE is that of one run, in seconds.
 # TMPDIR: the registries' storage belongs into memory, because the noise of disks is larger than what is measured.

@@ -339,20 +339,26 @@ impl SyncReport {
     /// This report of some of the images, completed by an earlier one of all of them. `due` are those, by their targets,
     /// that it was about: what is not found again among them is wanted no more.
     #[must_use]
-    pub fn completing(mut self, earlier: &Self, due: &BTreeSet<String>) -> Self {
-        let mut news: HashMap<_, ImageReport> =
-            std::mem::take(&mut self.images).into_iter().map(|image| (image.key(), image)).collect();
-        for image in &earlier.images {
-            match news.remove(&image.key()) {
-                Some(image) => self.images.push(image),
-                None if due.contains(&image.target) => {}
-                None => self.images.push(image.unchanged()),
-            }
-        }
+    pub fn completing(self, earlier: &Self, due: &BTreeSet<String>) -> Self {
+        let images = earlier.images.iter().map(ImageReport::unchanged).collect();
+        let earlier = Self { started_at: self.started_at, images, totals: Totals::default(), ..earlier.clone() };
+        earlier.followed_by(self, due)
+    }
+
+    /// This report, and what a second look within the same run came to. `due` are the targets that it was about.
+    #[must_use]
+    pub fn followed_by(self, again: Self, due: &BTreeSet<String>) -> Self {
+        let mut news: HashMap<_, ImageReport> = again.images.into_iter().map(|image| (image.key(), image)).collect();
+        let kept = self.images.into_iter().filter_map(|image| match news.remove(&image.key()) {
+            Some(image) => Some(image),
+            None if due.contains(&image.target) => None,
+            None => Some(image),
+        });
+        let mut images: Vec<ImageReport> = kept.collect();
         let mut found: Vec<ImageReport> = news.into_values().collect();
         found.sort_by(|a, b| a.target.cmp(&b.target));
-        self.images.extend(found);
-        self
+        images.extend(found);
+        Self { images, finished_at: again.finished_at, totals: self.totals + again.totals, ..self }
     }
 }
 

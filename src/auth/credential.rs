@@ -71,6 +71,17 @@ impl Credential {
     }
 }
 
+impl Credential {
+    /// Whether a text repeats the password, or the password and the name as they were sent. What is shorter than four
+    /// characters is in every text, and no secret.
+    #[must_use]
+    pub fn is_repeated_in(&self, text: &str) -> bool {
+        let password = self.password.expose_secret();
+        let sent = STANDARD.encode(format!("{}:{password}", self.username));
+        password.len() > 3 && (text.contains(password) || text.contains(sent.trim_end_matches('=')))
+    }
+}
+
 impl fmt::Debug for Credential {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Credential({:?} of {}, [redacted])", self.username, self.origin)

@@ -18,6 +18,8 @@
 mod challenge;
 mod credential;
 #[cfg(test)]
+mod matching;
+#[cfg(test)]
 mod properties;
 mod realm;
 mod store;

@@ -132,11 +132,11 @@ impl Documents {
             match self.accounts.get(&key(name)) {
                 Some(account) => {
                     let references = account.image_pull_secrets.iter().flatten();
-                    secrets.of_service_account = references.map(|reference| reference.name.clone()).collect();
+                    secrets.account.pull_secrets = references.map(|reference| reference.name.clone()).collect();
                 }
                 None => {
                     let message = format!("ServiceAccount {name:?} is not in the files");
-                    secrets.service_account_problem = Some(Problem { reason: Reason::SecretNotFound, message });
+                    secrets.account.problem = Some(Problem { reason: Reason::SecretNotFound, message });
                 }
             }
         }

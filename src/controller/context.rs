@@ -16,10 +16,13 @@ use super::{
     events::Events,
     reconcile::Guarded,
     runner::Runner,
+    shared::Shared,
 };
 use crate::{
     api::{ImageMirror, ImageMirrorStatus},
     config::Config,
+    mirror::Account,
+    oci::Digest,
     telemetry::{metrics::Metrics, server::Gates},
 };
 
@@ -34,6 +37,10 @@ pub(super) struct Context {
     pub(super) events: Events,
     pub(super) metrics: Arc<Metrics>,
     pub(super) gates: Gates,
+    /// What Secrets said when they were last read, by their contents' digests.
+    pub(super) contents: Shared<Digest>,
+    /// What ServiceAccounts said when they were last read.
+    pub(super) accounts: Shared<Account>,
     /// What we last wrote of each object, by uid, for as long as the watch has not shown it to us.
     written: Mutex<HashMap<String, Written>>,
 }
@@ -68,7 +75,8 @@ impl Context {
         metrics: Arc<Metrics>,
         gates: Gates,
     ) -> Self {
-        Self { client, config, runner, events, metrics, gates, written: Mutex::default() }
+        let (contents, accounts) = (Shared::default(), Shared::default());
+        Self { client, config, runner, events, metrics, gates, contents, accounts, written: Mutex::default() }
     }
 
     /// The status of the object, or what we wrote since the watch showed it to us.

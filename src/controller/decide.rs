@@ -51,6 +51,8 @@ pub(super) enum RunState<'a> {
 pub(super) struct Known {
     /// Whether the Secrets say something else than in the last run.
     pub(super) credentials_changed: bool,
+    /// How long ago they were read.
+    pub(super) credentials_age: Duration,
     /// When it last looked at which images; `None` after a restart.
     pub(super) times: Option<Times>,
     /// The object's place within the jitter, in 0..1.
@@ -104,7 +106,7 @@ pub(super) fn decide(
     }
     let next = [transient, authentication].into_iter().flatten().fold(due, Ord::min);
     let wait = Duration::try_from(next.duration_since(now)).unwrap_or(Duration::ZERO);
-    let poll = waiting_for_credentials(status).map(|since| credentials_poll(since, now, timing));
+    let poll = waiting_for_credentials(status).map(|since| credentials_due(since, known.credentials_age, now, timing));
     Decision::Wait(poll.map_or(wait, |poll| poll.min(wait)))
 }
 
@@ -113,10 +115,15 @@ pub(super) fn is_requested(mirror: &ValidatedMirror, status: &ImageMirrorStatus)
     mirror.requested_at.is_some() && mirror.requested_at != status.last_handled_reconcile_at
 }
 
-/// Since when something fails that another content of a Secret may heal.
+/// Since when something fails that another content of a Secret may heal, or a Secret is missing or wrong that nothing
+/// needed yet.
 pub(super) fn waiting_for_credentials(status: &ImageMirrorStatus) -> Option<Timestamp> {
-    let waiting = status.failures.iter().filter(|failure| failure.reason.retry() == Retry::Authentication);
-    waiting.map(|failure| failure.since.0).min()
+    let failing = status.failures.iter().filter(|failure| failure.reason.retry() == Retry::Authentication);
+    let unresolved = status.conditions.iter().filter(|condition| {
+        condition.type_ == ConditionType::CredentialsResolved.as_str() && condition.status == Status::False.as_str()
+    });
+    let unresolved = unresolved.map(|condition| condition.last_transition_time.0);
+    failing.map(|failure| failure.since.0).chain(unresolved).min()
 }
 
 /// Whether the conditions still speak of a run that never ended: one for a spec that has been taken back since.
@@ -134,13 +141,14 @@ fn retry_at(status: &ImageMirrorStatus, class: Retry, last: Timestamp, timing: &
     of_class.filter_map(|failure| next_retry(last, class, attempts(failure.attempts), &bounds)).min()
 }
 
-/// How long until the Secrets are read again: often at first, then about as long as it has lasted.
-fn credentials_poll(since: Timestamp, now: Timestamp, timing: &Timing) -> Duration {
-    let waited = Duration::try_from(now.duration_since(since)).unwrap_or(Duration::ZERO);
-    match waited.checked_sub(timing.secret_retry_window) {
+/// How long until Secrets are read again that were read so long ago; zero if it is time. Often at first, then about as long
+/// as it had lasted then.
+pub(super) fn credentials_due(since: Timestamp, age: Duration, now: Timestamp, timing: &Timing) -> Duration {
+    let interval = match elapsed(since, now).saturating_sub(age).checked_sub(timing.secret_retry_window) {
         None => timing.secret_retry,
         Some(beyond) => beyond.max(timing.secret_retry * 2).min(timing.secret_retry_max),
-    }
+    };
+    interval.saturating_sub(age)
 }
 
 /// Every 10 s in the first minute, every 30 s after, with the default timing.
@@ -173,7 +181,8 @@ mod tests {
         reason::Reason,
     };
 
-    const KNOWN: Known = Known { credentials_changed: false, times: None, spread: 0.5 };
+    const KNOWN: Known =
+        Known { credentials_changed: false, credentials_age: Duration::ZERO, times: None, spread: 0.5 };
     const HASH_OF_OTHER: &str = "other";
 
     fn mirror(rest: &str, requested: Option<&str>) -> ValidatedMirror {
@@ -345,6 +354,23 @@ mod tests {
         assert_eq!(at(&mirror, &status, 121), Decision::Wait(Duration::from_secs(10)));
         assert_eq!(at(&mirror, &status, 160), Decision::Wait(Duration::from_secs(40)));
         assert_eq!(at(&mirror, &status, 500), Decision::Wait(Duration::from_mins(5)));
+        let aged = |age, now| {
+            let known = Known { credentials_age: Duration::from_secs(age), ..KNOWN };
+            decide(&mirror, &status, RunState::Idle, &known, &Timing::default(), seconds(now))
+        };
+        // What was read when the wait was short is read again after that, though the wait would be longer now.
+        assert_eq!(aged(3, 60), Decision::Wait(Duration::from_secs(2)));
+        assert_eq!(aged(39, 199), Decision::Wait(Duration::from_secs(1)));
+        assert_eq!(aged(40, 200), Decision::Wait(Duration::ZERO));
+        let mut unresolved = synced(&mirror);
+        let mut conditions = ConditionSet::new(&unresolved.conditions, 1, seconds(0));
+        conditions.set(ConditionType::CredentialsResolved, Status::False, Reason::SecretNotFound, "");
+        unresolved.conditions = conditions.finish();
+        assert_eq!(
+            at(&mirror, &unresolved, 1),
+            Decision::Wait(Duration::from_secs(5)),
+            "nothing fails, one is missing"
+        );
         let changed = decide(
             &mirror,
             &status,

@@ -19,6 +19,7 @@ mod operator;
 mod reconcile;
 mod resolve;
 mod runner;
+mod shared;
 mod status;
 mod turns;
 mod watch;

@@ -13,13 +13,13 @@ use kube::{
 use super::{
     context::{Context, Current, Identity},
     decide::{
-        Decision, Known, RunState, Scope, decide, elapsed, is_requested, is_unsettled, spread_of,
+        Decision, Known, RunState, Scope, credentials_due, decide, elapsed, is_requested, is_unsettled, spread_of,
         waiting_for_credentials,
     },
     error::Error,
     events::Summary,
-    resolve::resolve,
-    runner::{Completes, Ended, Job, View},
+    resolve::{Glance, glance, resolve},
+    runner::{Completes, Ended, Job, Reread, View},
     status,
 };
 use crate::{
@@ -70,23 +70,25 @@ async fn look(object: Arc<Guarded>, context: Arc<Context>) -> Result<Requeue, Er
         report(&id, &validated, &mut current, &ended, &context).await?;
     }
     context.observe(&id, &current.status);
-    let secrets = changed_secrets(&id, &validated, &current.status, &context).await?;
-    let times =
-        context.runner.last(&id.uid).filter(|last| last.spec_hash == validated.spec_hash).map(|last| last.times);
+    let glance = look_at_secrets(&id, &validated, &current.status, now, &context).await?;
+    let last = context.runner.last(&id.uid);
+    let is_change = |glance: &Glance| last.as_ref().is_none_or(|last| last.fingerprint != glance.fingerprint);
+    let times = last.as_ref().filter(|last| last.spec_hash == validated.spec_hash).map(|last| last.times);
     let run = view.as_ref().map_or(RunState::Idle, |view| RunState::Running {
         spec_hash: &view.spec_hash,
         cancelled: view.cancelled,
         since: view.since,
     });
-    let known = Known { credentials_changed: secrets.is_some(), times, spread: spread_of(&id.uid) };
+    let known = Known {
+        credentials_changed: glance.as_ref().is_some_and(is_change),
+        credentials_age: glance.map_or(Duration::ZERO, |glance| glance.age),
+        times,
+        spread: spread_of(&id.uid),
+    };
     let timing = &context.config.timing;
     match decide(&validated, &current.status, run, &known, timing, now) {
         Decision::Start(scope) => {
-            let secrets = match secrets {
-                Some(secrets) => secrets,
-                None => resolve(&context, &validated).await?,
-            };
-            start(&id, &validated, &mut current, &secrets, scope, &context).await?;
+            start(&id, &validated, &mut current, scope, &context).await?;
             Ok(Requeue::requeue(timing.progress_first))
         }
         Decision::Cancel => {
@@ -223,21 +225,20 @@ fn summaries(before: &ImageMirrorStatus, after: &ImageMirrorStatus, ended: &Ende
     summaries
 }
 
-/// The Secrets, if something waits for them and they say something else than in the last run.
-async fn changed_secrets(
+/// What the Secrets say, if something waits for them. Whoever waits for the same ones looks at them together.
+async fn look_at_secrets(
     id: &Identity,
     mirror: &ValidatedMirror,
     status: &ImageMirrorStatus,
+    now: Timestamp,
     context: &Context,
-) -> Result<Option<Secrets>, Error> {
-    let is_waiting = waiting_for_credentials(status).is_some() && !mirror.suspended;
-    if !is_waiting || context.runner.view(&id.uid).is_some() {
+) -> Result<Option<Glance>, Error> {
+    let Some(since) = waiting_for_credentials(status).filter(|_| !mirror.suspended) else { return Ok(None) };
+    if context.runner.view(&id.uid).is_some() {
         return Ok(None);
     }
-    let secrets = resolve(context, mirror).await?;
-    let fingerprint = prepared(id, mirror, status, &secrets, context).fingerprint;
-    let unchanged = context.runner.last(&id.uid).is_some_and(|last| last.fingerprint == fingerprint);
-    Ok((!unchanged).then_some(secrets))
+    let is_fresh = |age| !credentials_due(since, age, now, &context.config.timing).is_zero();
+    glance(context, mirror, is_fresh).await.map(Some)
 }
 
 fn prepared(
@@ -265,11 +266,11 @@ async fn start(
     id: &Identity,
     mirror: &ValidatedMirror,
     current: &mut Current,
-    secrets: &Secrets,
     scope: Scope,
-    context: &Context,
+    context: &Arc<Context>,
 ) -> Result<(), Error> {
-    let mut prepared = prepared(id, mirror, &current.status, secrets, context);
+    let secrets = resolve(context, mirror).await?;
+    let mut prepared = prepared(id, mirror, &current.status, &secrets, context);
     let retry = match scope {
         Scope::All => None,
         Scope::Transient => Some(Retry::Transient),
@@ -301,11 +302,35 @@ async fn start(
         spec_hash: mirror.spec_hash.clone(),
         generation: mirror.generation,
         token: mirror.requested_at.clone(),
+        reread: reread(id, mirror, &current.status, &prepared, context),
         prepared,
         attached: attached.unwrap_or(now),
         completes,
     });
     Ok(())
+}
+
+/// How a run that was refused learns whether its credentials have been replaced since it began.
+fn reread(
+    id: &Identity,
+    mirror: &ValidatedMirror,
+    status: &ImageMirrorStatus,
+    first: &Prepared,
+    context: &Arc<Context>,
+) -> Reread {
+    let (id, mirror, status, context) = (id.clone(), mirror.clone(), status.clone(), Arc::clone(context));
+    let (before, looks_at_attached) = (first.fingerprint.clone(), first.request.looks_at_attached);
+    Box::new(move || {
+        let again = async move {
+            let secrets = resolve(&context, &mirror).await;
+            // Who cannot ask now asks soon: what was refused is tried again.
+            let secrets = secrets.inspect_err(|error| tracing::warn!(%error, "Secrets are not read again")).ok()?;
+            let mut prepared = prepared(&id, &mirror, &status, &secrets, &context);
+            prepared.request.looks_at_attached = looks_at_attached;
+            (prepared.fingerprint != before).then_some(prepared)
+        };
+        again.boxed()
+    })
 }
 
 /// The status while a run goes on: progress only once there is something to copy and it has taken a moment.

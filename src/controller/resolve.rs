@@ -1,8 +1,8 @@
 //! Reads the Secrets and the `ServiceAccount` that a mirror names: by name, with `get`, in the object's own namespace.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, time::Duration};
 
-use futures::future::join_all;
+use futures::future::{join_all, try_join_all};
 use k8s_openapi::api::core::v1::{Secret, ServiceAccount};
 use kube::Api;
 
@@ -11,50 +11,93 @@ use super::{
     error::{Error, call, is_forbidden, is_not_found},
 };
 use crate::{
-    mirror::{Problem, Secrets, ValidatedMirror},
+    mirror::{Account, Problem, Secrets, ValidatedMirror, content, fingerprint},
+    oci::Digest,
     reason::Reason,
 };
 
-/// Reads everything that the mirror names. What is missing is part of the answer; only a Kubernetes API that cannot
-/// be asked is an error.
+/// What the Secrets of a mirror said when somebody last looked.
+pub(super) struct Glance {
+    /// As [`Secrets::fingerprint`] has it.
+    pub(super) fingerprint: Digest,
+    /// How long ago the first of it was read.
+    pub(super) age: Duration,
+}
+
+/// Reads everything that the mirror names, for a run. What is missing is part of the answer; only a Kubernetes API that
+/// cannot be asked is an error.
 pub(super) async fn resolve(context: &Context, mirror: &ValidatedMirror) -> Result<Secrets, Error> {
-    let deadline = context.config.timing.api_timeout;
-    let mut secrets = Secrets::default();
+    let namespace = &mirror.namespace;
+    let account = match &mirror.service_account {
+        None => Account::default(),
+        Some(name) => read_account(context, namespace, name).await?,
+    };
     if let Some(name) = &mirror.service_account {
-        let accounts: Api<ServiceAccount> = Api::namespaced(context.client.clone(), &mirror.namespace);
-        match named("ServiceAccount", name, call("reading a ServiceAccount", deadline, accounts.get(name)).await)? {
-            Ok(account) => {
-                let names = account.image_pull_secrets.into_iter().flatten().map(|reference| reference.name);
-                secrets.of_service_account = names.filter(|name| !name.is_empty()).collect();
-            }
-            Err(problem) => secrets.service_account_problem = Some(problem),
-        }
+        context.accounts.put(namespace, name, account.clone());
     }
-    let settings =
-        mirror.registries.values().flat_map(|settings| settings.cert_secret.iter().chain(&settings.proxy_secret));
-    let names: BTreeSet<&String> = mirror
-        .pull_secrets
-        .iter()
-        .chain(&mirror.target_secret)
-        .chain(&secrets.of_service_account)
-        .chain(settings)
-        .collect();
-    let api: Api<Secret> = Api::namespaced(context.client.clone(), &mirror.namespace);
-    let read = |name: String| {
-        let api = &api;
-        async move {
-            // Names become paths. Those in the spec were checked by its schema; a ServiceAccount's were not.
-            if !is_object_name(&name) {
-                let message = format!("{name:?} is not the name of a Secret; correct it in the ServiceAccount");
-                return Ok((name, Err(Problem { reason: Reason::SecretInvalid, message })));
-            }
-            let found = named("Secret", &name, call("reading a Secret", deadline, api.get(&name)).await)?;
-            Ok::<_, Error>((name, found))
+    let read = async |name: String| {
+        let found = read_secret(context, namespace, &name).await?;
+        context.contents.put(namespace, &name, content(&found));
+        Ok::<_, Error>((name, found))
+    };
+    let found = join_all(names(mirror, &account).into_iter().map(read)).await;
+    Ok(Secrets { found: found.into_iter().collect::<Result<_, _>>()?, account })
+}
+
+/// The same for an object that waits: one question for all that wait for the same Secret. Nothing of it is kept but
+/// digests.
+pub(super) async fn glance(
+    context: &Context,
+    mirror: &ValidatedMirror,
+    is_fresh: impl Fn(Duration) -> bool,
+) -> Result<Glance, Error> {
+    let namespace = &mirror.namespace;
+    let (account, age) = match &mirror.service_account {
+        None => (Account::default(), Duration::ZERO),
+        Some(name) => {
+            let read = async || read_account(context, namespace, name).await;
+            context.accounts.get(namespace, name, &is_fresh, read).await?
         }
     };
-    let found = join_all(names.into_iter().cloned().map(read)).await;
-    secrets.found = found.into_iter().collect::<Result<_, _>>()?;
-    Ok(secrets)
+    let names = names(mirror, &account);
+    let one = async |name: &String| {
+        let read = async || Ok(content(&read_secret(context, namespace, name).await?));
+        context.contents.get(namespace, name, &is_fresh, read).await
+    };
+    let contents = try_join_all(names.iter().map(one)).await?;
+    let age = contents.iter().map(|(_, age)| *age).fold(age, Ord::max);
+    let contents = names.iter().zip(contents).map(|(name, (content, _))| (name, content));
+    Ok(Glance { fingerprint: fingerprint(&account, contents), age })
+}
+
+/// The names of all Secrets that a mirror needs.
+fn names(mirror: &ValidatedMirror, account: &Account) -> BTreeSet<String> {
+    let settings =
+        mirror.registries.values().flat_map(|settings| settings.cert_secret.iter().chain(&settings.proxy_secret));
+    let pull = mirror.pull_secrets.iter().chain(&mirror.target_secret).chain(&account.pull_secrets);
+    pull.chain(settings).cloned().collect()
+}
+
+async fn read_account(context: &Context, namespace: &str, name: &str) -> Result<Account, Error> {
+    let api: Api<ServiceAccount> = Api::namespaced(context.client.clone(), namespace);
+    let read = call("reading a ServiceAccount", context.config.timing.api_timeout, api.get(name)).await;
+    Ok(match named("ServiceAccount", name, read)? {
+        Ok(account) => {
+            let names = account.image_pull_secrets.into_iter().flatten().map(|reference| reference.name);
+            Account { pull_secrets: names.filter(|name| !name.is_empty()).collect(), problem: None }
+        }
+        Err(problem) => Account { problem: Some(problem), ..Account::default() },
+    })
+}
+
+async fn read_secret(context: &Context, namespace: &str, name: &str) -> Result<Result<Secret, Problem>, Error> {
+    // Names become paths. Those in the spec were checked by its schema; a ServiceAccount's were not.
+    if !is_object_name(name) {
+        let message = format!("{name:?} is not the name of a Secret; correct it in the ServiceAccount");
+        return Ok(Err(Problem { reason: Reason::SecretInvalid, message }));
+    }
+    let api: Api<Secret> = Api::namespaced(context.client.clone(), namespace);
+    named("Secret", name, call("reading a Secret", context.config.timing.api_timeout, api.get(name)).await)
 }
 
 /// A DNS subdomain (RFC 1123), as the names of Secrets are.

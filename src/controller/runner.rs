@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use futures::FutureExt as _;
+use futures::{FutureExt as _, future::BoxFuture};
 use jiff::Timestamp;
 use kube::runtime::reflector::ObjectRef;
 use tokio::{
@@ -93,11 +93,15 @@ pub(super) struct Job {
     pub(super) generation: i64,
     pub(super) token: Option<String>,
     pub(super) prepared: Prepared,
+    pub(super) reread: Reread,
     /// When what is attached to the images was last looked at, once this run has ended.
     pub(super) attached: Timestamp,
     /// The outcome that this run completes, and what of it is due.
     pub(super) completes: Option<Completes>,
 }
+
+/// Reads the Secrets again and prepares the run with them, if they say something else than before.
+pub(super) type Reread = Box<dyn FnOnce() -> BoxFuture<'static, Option<Prepared>> + Send + Sync>;
 
 /// A run of what failed in an earlier one.
 pub(super) struct Completes {
@@ -109,17 +113,15 @@ pub(super) struct Completes {
     pub(super) due: BTreeSet<String>,
 }
 
-impl Completes {
-    /// Whether this run is about a target tag.
-    fn is_due(&self, target: &str) -> bool {
-        let repository = target.rsplit_once(':').map_or(target, |(repository, _)| repository);
-        self.due.contains(target) || self.due.contains(repository)
-    }
+/// Whether a target tag is among what is due.
+fn is_due(due: &BTreeSet<String>, target: &str) -> bool {
+    let repository = target.rsplit_once(':').map_or(target, |(repository, _)| repository);
+    due.contains(target) || due.contains(repository)
+}
 
-    /// Whether this run is about any tag of a repository at the target.
-    fn is_any_due(&self, repository: &str) -> bool {
-        self.due.iter().any(|due| due == repository || due.rsplit_once(':').is_some_and(|(due, _)| due == repository))
-    }
+/// Whether any tag of a repository at the target is.
+fn is_any_due(due: &BTreeSet<String>, repository: &str) -> bool {
+    due.iter().any(|due| due == repository || due.rsplit_once(':').is_some_and(|(due, _)| due == repository))
 }
 
 /// A run that has ended by itself.
@@ -216,13 +218,13 @@ impl Runner {
         self.inner.tasks.spawn(task.instrument(span));
     }
 
-    async fn run(&self, job: Job, progress: Arc<Progress>, cancel: &CancellationToken) -> Option<Ended> {
+    async fn run(&self, mut job: Job, progress: Arc<Progress>, cancel: &CancellationToken) -> Option<Ended> {
         self.inner.metrics.add_queued(1);
         let turn = cancel.run_until_cancelled(self.inner.turns.take(&job.id.namespace)).await;
         self.inner.metrics.add_queued(-1);
         let _turn = turn??;
         let started_at = Timestamp::now();
-        let report = match AssertUnwindSafe(self.carry_out(&job, progress, cancel)).catch_unwind().await {
+        let report = match AssertUnwindSafe(self.carry_out(&mut job, progress, cancel)).catch_unwind().await {
             Ok(report) => report?,
             Err(_) => {
                 tracing::error!("a run panicked");
@@ -249,22 +251,54 @@ impl Runner {
         Some(Ended { spec_hash, generation, token, report, problems, fingerprint, times })
     }
 
-    /// Chooses the images, gives up those that another object keeps, and brings the rest in step.
-    async fn carry_out(&self, job: &Job, progress: Arc<Progress>, cancel: &CancellationToken) -> Option<SyncReport> {
-        let Prepared { request, selections, registries, .. } = &job.prepared;
+    /// Brings the images in step; those that a registry refused once more, if their credentials have been replaced.
+    async fn carry_out(
+        &self,
+        job: &mut Job,
+        progress: Arc<Progress>,
+        cancel: &CancellationToken,
+    ) -> Option<SyncReport> {
+        let began = Instant::now();
+        let due = job.completes.as_ref().map(|completes| &completes.due);
+        let report = self.pass(&job.id.uid, &job.prepared, due, Arc::clone(&progress), cancel).await?;
+        let refused = report.failed().filter(|(_, failure)| failure.reason == Reason::AuthenticationFailed);
+        let refused: BTreeSet<String> = refused.map(|(image, _)| image.target.clone()).collect();
+        if refused.is_empty() {
+            return Some(report);
+        }
+        let reread = std::mem::replace(&mut job.reread, Box::new(|| std::future::ready(None).boxed()));
+        let Some(mut prepared) = cancel.run_until_cancelled(reread()).await? else { return Some(report) };
+        tracing::info!(images = refused.len(), "Secrets have changed: what was refused is tried again");
+        progress.images_again(refused.len() as u64);
+        prepared.request.timeout = prepared.request.timeout.saturating_sub(began.elapsed());
+        let again = self.pass(&job.id.uid, &prepared, Some(&refused), progress, cancel).await?;
+        job.prepared = prepared;
+        Some(report.followed_by(again, &refused))
+    }
+
+    /// Chooses the images, or those that are due, gives up those that another object keeps, and brings the rest in step.
+    async fn pass(
+        &self,
+        uid: &str,
+        prepared: &Prepared,
+        due: Option<&BTreeSet<String>>,
+        progress: Arc<Progress>,
+        cancel: &CancellationToken,
+    ) -> Option<SyncReport> {
+        let Prepared { request, selections, registries, .. } = prepared;
         let (client, target) = (&self.inner.registry, &registries.target);
         let mut selections = selections.clone();
-        if let Some(completes) = &job.completes {
-            selections.retain(|selection| completes.is_any_due(&selection.target_of(registries)));
+        if let Some(due) = due {
+            selections.retain(|selection| is_any_due(due, &selection.target_of(registries)));
         }
         let mut request = choose(client, request.clone(), &selections, registries, cancel).await?;
-        let scope = if job.completes.is_some() { Scope::Some } else { Scope::All };
-        if let Some(completes) = &job.completes {
-            request.images.retain(|image| completes.is_due(&target.target_of(image)));
+        let scope = if due.is_some() { Scope::Some } else { Scope::All };
+        if let Some(due) = due {
+            request.images.retain(|image| is_due(due, &target.target_of(image)));
         }
         cancel.run_until_cancelled(self.inner.claims.known()).await?;
-        self.inner.claims.settle(&job.id.uid, &mut request, target, scope);
-        self.mark_contested(&job.id.uid, &mut request, target);
+        self.inner.claims.settle(uid, &mut request, target, scope);
+        self.mark_contested(uid, &mut request, target);
         sync(client, &request, registries, self.inner.fence.clone(), progress, cancel).await
     }
 

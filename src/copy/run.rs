@@ -2,6 +2,7 @@
 
 use std::{
     collections::{HashMap, HashSet},
+    ops::Add,
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
@@ -76,6 +77,19 @@ pub struct Totals {
     pub blobs_present: u64,
 }
 
+impl Add for Totals {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        Self {
+            bytes_copied: self.bytes_copied + other.bytes_copied,
+            blobs_copied: self.blobs_copied + other.blobs_copied,
+            blobs_mounted: self.blobs_mounted + other.blobs_mounted,
+            blobs_present: self.blobs_present + other.blobs_present,
+        }
+    }
+}
+
 impl Progress {
     /// How far the run is now.
     #[must_use]
@@ -97,9 +111,16 @@ impl Progress {
         Arc::clone(&self.bytes_done)
     }
 
-    /// How many images there are.
+    /// How many images are looked at from here on.
     pub fn expect_images(&self, count: u64) {
-        self.images_total.store(count, Ordering::Relaxed);
+        let done = self.images_done.load(Ordering::Relaxed);
+        self.images_total.fetch_max(done.saturating_add(count), Ordering::Relaxed);
+    }
+
+    /// So many images that were finished are looked at again.
+    pub fn images_again(&self, count: u64) {
+        let done = self.images_done.load(Ordering::Relaxed);
+        self.images_done.store(done.saturating_sub(count), Ordering::Relaxed);
     }
 
     /// One image is finished.

@@ -11,5 +11,5 @@ mod secret;
 mod validate;
 
 pub use prepare::{Prepared, prepare};
-pub use secret::{Problem, Secrets};
+pub use secret::{Account, Problem, Secrets, content, fingerprint};
 pub use validate::{InvalidSpec, RegistrySettings, ValidatedMirror, WantedImage, WantedTags, validate, validate_with};

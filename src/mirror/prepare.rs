@@ -7,7 +7,7 @@ use std::{collections::BTreeMap, sync::Arc};
 
 use crate::{
     auth::CredentialStore,
-    oci::{Algorithm, Digest, Host, RepositoryName, Tag},
+    oci::{Digest, Host, RepositoryName, Tag},
     reason::Reason,
     registry::{Access, Transport},
     sync::{Destination, ImageRequest, Last, Registries, SelectionRequest, Sources, SyncRequest},
@@ -108,7 +108,7 @@ pub fn prepare(
     });
     let registries =
         Registries { sources: Sources::Registries(sources.collect()), target: Destination::Registry(target_access) };
-    Prepared { request, selections, registries, problems, fingerprint: fingerprint(secrets) }
+    Prepared { request, selections, registries, problems, fingerprint: secrets.fingerprint() }
 }
 
 /// What is known of the tags of one repository.
@@ -121,8 +121,8 @@ fn last_of(place: &str, last: &BTreeMap<String, Last>) -> BTreeMap<Tag, Last> {
 /// The credentials for the sources, and what is missing of them.
 fn pull_credentials(mirror: &ValidatedMirror, secrets: &Secrets) -> (CredentialStore, Vec<Problem>) {
     let mut store = CredentialStore::default();
-    let mut gaps: Vec<Problem> = secrets.service_account_problem.iter().cloned().collect();
-    for name in mirror.pull_secrets.iter().chain(&secrets.of_service_account) {
+    let mut gaps: Vec<Problem> = secrets.account.problem.iter().cloned().collect();
+    for name in mirror.pull_secrets.iter().chain(&secrets.account.pull_secrets) {
         match secrets.get(name).and_then(|secret| credentials(name, secret)) {
             Ok(found) => store.append(found),
             Err(problem) => gaps.push(problem),
@@ -181,35 +181,6 @@ fn transport_for(
         None => of_operator,
     };
     Ok(Transport { proxy, ..transport })
-}
-
-fn fingerprint(secrets: &Secrets) -> Digest {
-    let mut hasher = Algorithm::Sha256.hasher();
-    for (name, found) in &secrets.found {
-        hasher.update(name.as_bytes());
-        match found {
-            Ok(secret) => {
-                hasher.update(secret.type_.as_deref().unwrap_or_default().as_bytes());
-                for (key, value) in secret.data.iter().flatten() {
-                    hasher.update(key.as_bytes());
-                    hasher.update(&(value.0.len() as u64).to_be_bytes());
-                    hasher.update(&value.0);
-                }
-                for (key, value) in secret.metadata.annotations.iter().flatten() {
-                    hasher.update(key.as_bytes());
-                    hasher.update(value.as_bytes());
-                }
-            }
-            Err(problem) => hasher.update(problem.reason.as_str().as_bytes()),
-        }
-    }
-    if let Some(problem) = &secrets.service_account_problem {
-        hasher.update(problem.reason.as_str().as_bytes());
-    }
-    for name in &secrets.of_service_account {
-        hasher.update(name.as_bytes());
-    }
-    hasher.finish()
 }
 
 #[cfg(test)]

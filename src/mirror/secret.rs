@@ -9,6 +9,7 @@ use secrecy::{SecretSlice, SecretString};
 use crate::{
     api::REGISTRY_OF_SECRET,
     auth::{Credential, CredentialStore},
+    oci::{Algorithm, Digest},
     reason::Reason,
     registry::{Proxy, Transport},
     sync::Failure,
@@ -17,18 +18,68 @@ use crate::{
 /// Something named in the spec that is missing or cannot be used.
 pub type Problem = Failure;
 
-/// The Secrets that an object names, as they were read, and the pull secrets of its `ServiceAccount`.
+/// The Secrets that an object names, as they were read, and its `ServiceAccount`.
 #[derive(Clone, Debug, Default)]
 pub struct Secrets {
     /// By name: the Secret, or why it could not be read.
     pub found: BTreeMap<String, Result<Secret, Problem>>,
-    /// The names of the `ServiceAccount`'s `imagePullSecrets`; empty without one.
-    pub of_service_account: Vec<String>,
-    /// Why the `ServiceAccount` could not be read.
-    pub service_account_problem: Option<Problem>,
+    /// The `ServiceAccount`; empty without one.
+    pub account: Account,
+}
+
+/// What a `ServiceAccount` says of Secrets.
+#[derive(Clone, Debug, Default)]
+pub struct Account {
+    /// The names of its `imagePullSecrets`.
+    pub pull_secrets: Vec<String>,
+    /// Why it could not be read.
+    pub problem: Option<Problem>,
+}
+
+/// The same as long as a Secret says the same, or has the same problem.
+#[must_use]
+pub fn content(found: &Result<Secret, Problem>) -> Digest {
+    let mut hasher = Algorithm::Sha256.hasher();
+    let mut part = |bytes: &[u8]| {
+        hasher.update(&(bytes.len() as u64).to_be_bytes());
+        hasher.update(bytes);
+    };
+    match found {
+        Ok(secret) => {
+            part(secret.type_.as_deref().unwrap_or_default().as_bytes());
+            let registry = secret.metadata.annotations.as_ref().and_then(|all| all.get(REGISTRY_OF_SECRET));
+            part(registry.map(String::as_bytes).unwrap_or_default());
+            for (key, value) in secret.data.iter().flatten() {
+                part(key.as_bytes());
+                part(&value.0);
+            }
+        }
+        Err(problem) => part(problem.reason.as_str().as_bytes()),
+    }
+    hasher.finish()
+}
+
+/// The same as long as the `ServiceAccount` and the Secrets, by their names and [contents](content), say the same.
+#[must_use]
+pub fn fingerprint<'a>(account: &Account, contents: impl Iterator<Item = (&'a String, Digest)>) -> Digest {
+    let mut hasher = Algorithm::Sha256.hasher();
+    let mut line = |text: &str| {
+        hasher.update(text.as_bytes());
+        hasher.update(b"\n");
+    };
+    contents.for_each(|(name, content)| line(&format!("{name} {content}")));
+    account.problem.iter().for_each(|problem| line(problem.reason.as_str()));
+    account.pull_secrets.iter().for_each(|name| line(name));
+    hasher.finish()
 }
 
 impl Secrets {
+    /// The same as long as all that was read says the same: a change is a reason to try again.
+    #[must_use]
+    pub fn fingerprint(&self) -> Digest {
+        fingerprint(&self.account, self.found.iter().map(|(name, found)| (name, content(found))))
+    }
+
     pub(super) fn get(&self, name: &str) -> Result<&Secret, Problem> {
         match self.found.get(name) {
             Some(Ok(secret)) => Ok(secret),

@@ -18,7 +18,7 @@ use super::{
     transport::{Pools, Transport, TransportError},
 };
 use crate::{
-    auth::TokenCache,
+    auth::{Credential, TokenCache},
     oci::{Digest, Host, RepositoryName},
 };
 
@@ -161,8 +161,12 @@ impl Client {
         &self.inner.options.timing
     }
 
-    pub(super) fn http(&self, transport: &Transport) -> Result<reqwest::Client, TransportError> {
-        self.inner.pools.get(transport, self.timing(), &self.inner.networks)
+    pub(super) fn http(
+        &self,
+        transport: &Transport,
+        credentials: &[Arc<Credential>],
+    ) -> Result<reqwest::Client, TransportError> {
+        self.inner.pools.get(transport, credentials, self.timing(), &self.inner.networks)
     }
 
     pub(super) fn networks(&self) -> &Networks {

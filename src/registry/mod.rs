@@ -38,7 +38,7 @@ pub use error::{CertificateProblem, Error, ErrorKind, Side, Step};
 pub use layout::{Layout, LayoutError, LayoutRepository};
 pub use list::{MAX_PAGES, TagList};
 pub use memory::{Memory, Room};
-pub use network::{Denied, Networks};
+pub use network::{Denied, Networks, SURROUNDINGS};
 pub use pace::Floor;
 pub use proxy::{Proxy, ProxyError};
 pub use push::{PutOptions, Stored};

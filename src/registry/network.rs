@@ -30,7 +30,7 @@ pub struct Denied(pub IpAddr);
 
 /// Loopback, unspecified, link-local (with the metadata services of most clouds), multicast, and the metadata
 /// addresses that are none of these. Private ranges are not among them: registries live there.
-const SURROUNDINGS: [&str; 11] = [
+pub const SURROUNDINGS: [&str; 11] = [
     "0.0.0.0/8",
     "127.0.0.0/8",
     "169.254.0.0/16",
@@ -202,7 +202,8 @@ mod tests {
             });
             let networks = Networks::closed(Vec::new(), vec![format!("{OPEN}/32").parse().unwrap()]);
             let resolver = Resolver { networks: Arc::new(networks), lookup };
-            let http = Transport::default().build(&Timing::default(), resolver).unwrap();
+            let transport = Transport::default();
+            let http = transport.build(transport.tls_config().unwrap(), &Timing::default(), resolver).unwrap();
             let connections = [Arc::<AtomicUsize>::default(), Arc::default()];
             let tasks = [serve(open, &connections[0]), serve(closed, &connections[1])];
             Self { http, url: format!("http://registry.example:{port}/v2/"), lookups, connections, tasks }

@@ -88,7 +88,9 @@ impl Repository {
     fn new(client: &Client, access: &Access, name: RepositoryName, scope: Scope) -> Result<Self, Error> {
         let setup =
             |what: String| Error::new(ErrorKind::Setup(what), Step::HeadManifest, access.host.as_str(), name.as_str());
-        let http = client.http(&access.transport).map_err(|error: TransportError| setup(error.to_string()))?;
+        let credentials = access.credentials.matching(&access.host, &name);
+        let http =
+            client.http(&access.transport, &credentials).map_err(|error: TransportError| setup(error.to_string()))?;
         let scheme = if access.transport.plain_http { "http" } else { "https" };
         let base = Url::parse(&format!("{scheme}://{}/v2/", access.host.endpoint()))
             .map_err(|_| setup("the host does not make a URL".into()))?;
@@ -101,7 +103,7 @@ impl Repository {
             proxy: access.transport.proxy.clone(),
             known: client.known(&access.host, &registry_key),
             registry_key,
-            credentials: access.credentials.matching(&access.host, &name),
+            credentials,
             name,
             scope,
             base,
@@ -431,6 +433,10 @@ impl Repository {
 
     pub(super) fn chosen(&self) -> &AtomicUsize {
         &self.inner.chosen
+    }
+
+    pub(super) fn credentials(&self) -> &[Arc<Credential>] {
+        &self.inner.credentials
     }
 
     pub(super) fn credential(&self, index: usize) -> Option<&Arc<Credential>> {

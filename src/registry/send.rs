@@ -439,6 +439,10 @@ impl Repository {
         let until = header::retry_after(response.inner.headers(), Timestamp::now()).map(after);
         let body = self.read_body(response, MAX_SMALL_BODY, request.step, &request.subject).await.unwrap_or_default();
         let (code, message) = parse_envelope(&body);
+        // A message goes into the status, which more people may read than the Secret.
+        let text = String::from_utf8_lossy(&body);
+        let repeats = |text: &str| self.credentials().iter().any(|credential| credential.is_repeated_in(text));
+        let message = message.filter(|message| !repeats(&text) && !repeats(message));
         let mut error = self.error(ErrorKind::Status { status, code, message, until, credential: None }, request);
         // What another host says that the registry has sent us to.
         error.host = elsewhere.unwrap_or(error.host);

@@ -18,7 +18,7 @@ use super::{
     network::{Networks, Resolver},
     proxy::Proxy,
 };
-use crate::oci::Digest;
+use crate::{auth::Credential, oci::Digest};
 
 /// How a registry is reached. The default is TLS with the system's roots.
 #[derive(Clone, Default)]
@@ -74,7 +74,7 @@ impl Transport {
         self.tls_config().map(|_| ())
     }
 
-    fn tls_config(&self) -> Result<ClientConfig, TransportError> {
+    pub(super) fn tls_config(&self) -> Result<ClientConfig, TransportError> {
         let mut roots = system_roots().clone();
         if let Some(ca) = &self.ca {
             let certificates = certificates(ca).ok_or(TransportError::Ca)?;
@@ -99,7 +99,12 @@ impl Transport {
         Ok(config)
     }
 
-    pub(super) fn build(&self, timing: &Timing, resolver: Resolver) -> Result<reqwest::Client, TransportError> {
+    pub(super) fn build(
+        &self,
+        tls: ClientConfig,
+        timing: &Timing,
+        resolver: Resolver,
+    ) -> Result<reqwest::Client, TransportError> {
         let builder = reqwest::Client::builder()
             .redirect(reqwest::redirect::Policy::none())
             .referer(false)
@@ -112,7 +117,7 @@ impl Transport {
             .no_proxy()
             .dns_resolver(resolver)
             .user_agent(concat!("imagemirror/", env!("CARGO_PKG_VERSION")))
-            .tls_backend_preconfigured(self.tls_config()?);
+            .tls_backend_preconfigured(tls);
         let builder = match &self.proxy {
             None => builder,
             Some(proxy) => builder.proxy(proxy.to_client().map_err(|_| TransportError::Client)?),
@@ -154,25 +159,32 @@ fn system_roots() -> &'static RootCertStore {
     })
 }
 
-/// One HTTP client, and so one connection pool, for each transport.
+/// A transport and the credentials that may be shown over it.
+type PoolKey = (Digest, Vec<Digest>);
+
+/// One HTTP client, and so one connection pool, for each transport and the credentials that may be shown over it.
 #[derive(Default)]
 pub(super) struct Pools {
-    clients: Mutex<HashMap<Digest, reqwest::Client>>,
+    clients: Mutex<HashMap<PoolKey, reqwest::Client>>,
+    /// Its clones share the certificates, which are most of a client.
+    configs: Mutex<HashMap<Digest, ClientConfig>>,
 }
 
 impl Pools {
     pub(super) fn get(
         &self,
         transport: &Transport,
+        credentials: &[Arc<Credential>],
         timing: &Timing,
         networks: &Arc<Networks>,
     ) -> Result<reqwest::Client, TransportError> {
-        let key = transport.fingerprint();
+        let credentials = credentials.iter().map(|credential| credential.fingerprint().clone()).collect();
+        let key = (transport.fingerprint(), credentials);
         let lock = || self.clients.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(client) = lock().get(&key) {
             return Ok(client.clone());
         }
-        let client = transport.build(timing, Resolver::system(networks))?;
+        let client = transport.build(self.config(transport, &key.0)?, timing, Resolver::system(networks))?;
         let mut clients = lock();
         if clients.len() >= Self::MAX_CLIENTS {
             clients.clear();
@@ -180,7 +192,20 @@ impl Pools {
         Ok(clients.entry(key).or_insert(client).clone())
     }
 
-    /// Rotated CAs leave old entries behind; who still uses one keeps it alive.
+    fn config(&self, transport: &Transport, fingerprint: &Digest) -> Result<ClientConfig, TransportError> {
+        let lock = || self.configs.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(config) = lock().get(fingerprint) {
+            return Ok(config.clone());
+        }
+        let config = transport.tls_config()?;
+        let mut configs = lock();
+        if configs.len() >= Self::MAX_CLIENTS {
+            configs.clear();
+        }
+        Ok(configs.entry(fingerprint.clone()).or_insert(config).clone())
+    }
+
+    /// Rotated CAs and passwords leave old entries behind; who still uses one keeps it alive.
     const MAX_CLIENTS: usize = 256;
 }
 

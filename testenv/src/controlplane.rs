@@ -28,6 +28,8 @@ pub struct ControlPlane {
     pub etcd: String,
     /// A user in `system:masters`.
     pub kubeconfig: PathBuf,
+    /// What was asked of Secrets and ServiceAccounts, and by whom: a JSON object of `audit.k8s.io/v1` a line.
+    pub audit: PathBuf,
     _parts: [Process; 3],
 }
 
@@ -49,6 +51,8 @@ impl ControlPlane {
         let kubeconfig = dir.join("admin.kubeconfig");
         std::fs::write(&kubeconfig, kubeconfig_with_identity(&url, ca.cert_pem(), &admin))?;
 
+        let (policy, audit) = (dir.join("audit-policy.json"), log_path(run_dir, "audit"));
+        std::fs::write(&policy, audit_policy().to_string())?;
         let mut command = Command::new(tools.path("kube-apiserver"));
         command
             .args(["--bind-address=127.0.0.1", "--authorization-mode=Node,RBAC", "--allow-privileged=true"])
@@ -58,6 +62,8 @@ impl ControlPlane {
             ])
             // There is no address that pods could reach, and 127.0.0.1 is not accepted as an endpoint.
             .args(["--endpoint-reconciler-type=none", "--profiling=false", "--external-hostname=127.0.0.1"])
+            .arg(format!("--audit-policy-file={}", policy.display()))
+            .arg(format!("--audit-log-path={}", audit.display()))
             .arg(format!("--secure-port={port}"))
             .arg(format!("--etcd-servers={etcd_url}"))
             .arg(format!("--client-ca-file={}", ca_path.display()))
@@ -80,7 +86,7 @@ impl ControlPlane {
         // It has no port; what it does for the namespace shows that it works.
         let account = format!("{url}/api/v1/namespaces/default/serviceaccounts/default");
         manager.until_ready(DEADLINE, async || is_ok(&client, &account).await).await?;
-        Ok(Self { url, etcd: etcd_url, kubeconfig, _parts: [manager, apiserver, etcd] })
+        Ok(Self { url, etcd: etcd_url, kubeconfig, audit, _parts: [manager, apiserver, etcd] })
     }
 }
 
@@ -112,6 +118,19 @@ fn kubeconfig(server: &str, ca_pem: &str, user: &serde_json::Value) -> String {
         "current-context": "testenv",
     });
     format!("{config:#}\n")
+}
+
+/// Who asks what of Secrets and ServiceAccounts; never what is in them.
+fn audit_policy() -> serde_json::Value {
+    json!({
+        "apiVersion": "audit.k8s.io/v1",
+        "kind": "Policy",
+        "omitStages": ["RequestReceived", "ResponseStarted"],
+        "rules": [
+            {"level": "Metadata", "resources": [{"group": "", "resources": ["secrets", "serviceaccounts", "serviceaccounts/token"]}]},
+            {"level": "None"},
+        ],
+    })
 }
 
 async fn start_etcd(tools: &Tools, run_dir: &Path, dir: &Path, client: &reqwest::Client) -> Result<(Process, String)> {

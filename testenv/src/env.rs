@@ -29,6 +29,8 @@ pub struct Env {
     pub apiserver: String,
     /// `http://127.0.0.1:PORT`, what the API server stores objects in: a test can put there what it would refuse.
     pub etcd: String,
+    /// The API server's audit log: what was asked of Secrets and ServiceAccounts, and by whom.
+    pub audit: PathBuf,
     /// The one authority that signs for everything in the run.
     pub ca_pem: String,
     pub ca_path: PathBuf,

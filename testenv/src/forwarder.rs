@@ -3,6 +3,7 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -31,6 +32,7 @@ pub struct ForwarderBuilder {
 /// A running forwarder; dropping it closes all its connections.
 pub struct Forwarder {
     address: SocketAddr,
+    accepted: Arc<AtomicUsize>,
     task: JoinHandle<()>,
 }
 
@@ -45,6 +47,12 @@ impl Forwarder {
     #[must_use]
     pub fn host(&self) -> String {
         self.address.to_string()
+    }
+
+    /// How many connections have been made to it.
+    #[must_use]
+    pub fn accepted(&self) -> usize {
+        self.accepted.load(Ordering::Relaxed)
     }
 }
 
@@ -72,16 +80,19 @@ impl ForwarderBuilder {
         let address = listener.local_addr()?;
         let up = Arc::new(Pace::new(self.bytes_per_second));
         let down = Arc::new(Pace::new(self.bytes_per_second));
+        let accepted = Arc::new(AtomicUsize::new(0));
+        let count = Arc::clone(&accepted);
         let task = tokio::spawn(async move {
             // Dropped with this task, and its connections with it.
             let mut connections = JoinSet::new();
             loop {
                 while connections.try_join_next().is_some() {}
                 let Ok((client, _)) = listener.accept().await else { continue };
+                count.fetch_add(1, Ordering::Relaxed);
                 connections.spawn(forward(client, self.clone(), Arc::clone(&up), Arc::clone(&down)));
             }
         });
-        Ok(Forwarder { address, task })
+        Ok(Forwarder { address, accepted, task })
     }
 }
 

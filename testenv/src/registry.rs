@@ -172,6 +172,7 @@ impl Default for RegistryOptions {
 /// A registry that this process runs; dropping it kills it.
 pub struct RegistryServer {
     registry: Registry,
+    dir: PathBuf,
     process: Process,
 }
 
@@ -242,7 +243,7 @@ impl RegistryServer {
         let client = http_client(ca.cert_pem(), None)?;
         let ping = format!("{}/v2/", registry.url());
         process.until_ready(DEADLINE, async || client.get(&ping).send().await.ok()).await?;
-        Ok(Self { registry, process })
+        Ok(Self { registry, dir, process })
     }
 
     /// With the first user's credentials, if there are any.
@@ -259,6 +260,11 @@ impl RegistryServer {
     #[must_use]
     pub fn pid(&self) -> i32 {
         self.process.pid()
+    }
+
+    /// Other names and passwords from now on, for a distribution that was started with some.
+    pub fn set_users(&self, users: &[(String, String)]) -> Result<()> {
+        htpasswd(&self.dir, users).map(|_| ())
     }
 
     pub async fn stop(self) -> Result<()> {

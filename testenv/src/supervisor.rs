@@ -160,6 +160,7 @@ impl Parts {
             kubeconfig: controlplane.kubeconfig.clone(),
             apiserver: controlplane.url.clone(),
             etcd: controlplane.etcd.clone(),
+            audit: controlplane.audit.clone(),
             ca_pem: ca.cert_pem().to_owned(),
             ca_path,
             ca_key_path,

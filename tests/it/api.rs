@@ -269,9 +269,7 @@ async fn a_tag_belongs_to_the_older_mirror_also_across_namespaces_which_are_not_
         spec
     };
     theirs.serve(&ours)?;
-    let both =
-        json!({"watchNamespaces": [theirs.namespace, ours.namespace], "networks": {"allow": ["127.0.0.0/8", "::1"]}});
-    let _operator = theirs.operator_from(both, &json!({}), "debug")?;
+    let _operator = theirs.operator()?;
     theirs.apply("first-come", &spec(&theirs, "a/agent")).await?;
     let older = theirs.until_ready("first-come").await?;
     let born = older.metadata.creation_timestamp.context("no creationTimestamp")?.0;

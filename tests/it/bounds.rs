@@ -268,8 +268,7 @@ async fn hostile_registries_get_neither_the_memory_nor_the_time_of_others() -> R
         "headTimeout": "2s", "idleTimeout": "2s", "floorWindow": "2s", "retryTransientMin": "1m", "retryTransientMax": "1m",
     });
     place.serve(&others)?;
-    let config =
-        json!({"watchNamespaces": [place.namespace, others.namespace], "networks": {"allow": ["127.0.0.0/8", "::1"]}});
+    let config = json!({"networks": {"allow": ["127.0.0.0/8", "::1"]}});
     // What is not optimised takes more.
     let released = image_root()?;
     let operator = place.operator_of(&released.join("imagemirror"), config, &short, "info")?;

@@ -5,12 +5,14 @@
 
 mod api;
 mod api_data;
+mod audit;
 mod bad_input;
 mod boundaries;
 mod bounds;
 mod cases;
 mod catalogue;
 mod compatibility;
+mod credentials;
 mod direct;
 mod economy;
 mod engine;
@@ -33,3 +35,4 @@ mod tags;
 mod turns;
 mod uploads;
 mod waiting;
+mod walls;

@@ -29,7 +29,16 @@ async fn the_chart_is_clean_and_the_api_server_takes_what_it_renders() -> Result
     let chart = Path::new(ROOT).join("charts/imagemirror");
     run(Command::new(place.env.tools.join("helm")).args(["lint", "--strict"]).arg(chart), None)?;
     let watched = format!("watchNamespaces={{{}}}", place.namespace);
-    for values in [&[][..], &["--set", &watched], &["--set", "replicaCount=2,crds.keep=false,logFormat=text"]] {
+    let closed = "networkPolicy.enabled=true,networkPolicy.metricsFrom[0].podSelector.matchLabels.app=prometheus,\
+                  config.networks.deny={10.96.0.0/12,::1},config.networks.allow={10.96.0.10},\
+                  networkPolicy.extraEgress[0].ports[0].port=5000,networkPolicy.apiServer[0].ipBlock.cidr=10.0.0.1/32";
+    for values in [
+        &[][..],
+        &["--set", &watched],
+        &["--set", "replicaCount=2,crds.keep=false,logFormat=text"],
+        &["--set", "networkPolicy.enabled=true"],
+        &["--set", closed],
+    ] {
         let objects = rendered_chart(place.env, &place.namespace, values)?;
         let taken = apply_dry(&place, &objects).with_context(|| format!("rendered with {values:?}"))?;
         for kind in
@@ -37,10 +46,49 @@ async fn the_chart_is_clean_and_the_api_server_takes_what_it_renders() -> Result
         {
             ensure!(taken.contains(kind), "no {kind} in {taken}");
         }
+        let has_policy = taken.contains("networkpolicy.networking.k8s.io");
+        ensure!(has_policy == values.iter().any(|value| value.contains("networkPolicy")), "{taken}");
         let has_cluster_role = objects.contains("kind: ClusterRole\n");
         ensure!(has_cluster_role != values.contains(&watched.as_str()), "a ClusterRole beside watchNamespaces");
     }
     ensure!(!Path::new(ROOT).join("charts/imagemirror/crds").exists(), "helm never upgrades a crds/ folder");
+    Ok(())
+}
+
+/// The egress rule for registries, with these values.
+fn registries_of_policy(place: &Place, values: &str) -> Result<Vec<Value>> {
+    let only = ["--show-only", "templates/networkpolicy.yaml", "--set", "networkPolicy.enabled=true", "--set", values];
+    let policy: Value = serde_saphyr::from_str(&rendered_chart(place.env, &place.namespace, &only)?)?;
+    let rules = policy["spec"]["egress"].as_array().context("no egress")?;
+    let is_for_registries = |rule: &&Value| rule["ports"] == serde_json::json!([{"port": 443, "protocol": "TCP"}]);
+    let rule = rules.iter().find(is_for_registries);
+    ensure!(rule.is_none_or(|rule| rule["to"].is_array()), "a rule without peers allows all: {policy}");
+    Ok(rule.and_then(|rule| rule["to"].as_array()).cloned().unwrap_or_default())
+}
+
+#[tokio::test]
+async fn the_network_policy_denies_what_the_operator_denies() -> Result<()> {
+    let place = Place::new("policy").await?;
+    let networks = |peers: &[Value], field: &str| -> Vec<String> {
+        let found = peers.iter().flat_map(|peer| match &peer["ipBlock"][field] {
+            Value::Array(list) => list.clone(),
+            one => vec![one.clone()],
+        });
+        found.filter_map(|network| network.as_str().map(ToOwned::to_owned)).collect()
+    };
+    let peers =
+        registries_of_policy(&place, "config.networks.deny={10.96.0.0/12,fd00::1},config.networks.allow={10.96.0.10}")?;
+    let mut denied: Vec<&str> = imagemirror::registry::SURROUNDINGS.to_vec();
+    denied.extend(["10.96.0.0/12", "fd00::1/128"]);
+    let mut except = networks(&peers, "except");
+    denied.sort_unstable();
+    except.sort_unstable();
+    ensure!(except == denied, "{except:?}");
+    ensure!(networks(&peers, "cidr") == ["0.0.0.0/0", "::/0", "10.96.0.10/32"], "{peers:?}");
+    let only =
+        registries_of_policy(&place, "config.networks.deny={0.0.0.0/0,::/0},config.networks.allow={10.1.0.0/16}")?;
+    ensure!(networks(&only, "cidr") == ["10.1.0.0/16"], "{only:?}");
+    ensure!(registries_of_policy(&place, "config.networks.deny={0.0.0.0/0,::/0}")?.is_empty());
     Ok(())
 }
 

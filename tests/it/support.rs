@@ -3,6 +3,7 @@
 use std::{
     path::{Path, PathBuf},
     process::{Command, Stdio},
+    sync::Mutex,
     time::Duration,
 };
 
@@ -23,7 +24,7 @@ use serde_json::{Value, json};
 use testenv::{Env, Process, Proxy, Registry, images::Image};
 use tokio::sync::OnceCell;
 
-use crate::statuses::Watch;
+use crate::{audit::trespasses, statuses::Watch};
 
 /// Longer than anything a test waits for should take, on a busy machine.
 pub(crate) const PATIENCE: Duration = Duration::from_mins(1);
@@ -38,6 +39,8 @@ pub(crate) struct Place {
     kubeconfig: PathBuf,
     /// Every status that is written here.
     pub(crate) statuses: Watch,
+    /// The namespaces that operators of this place serve.
+    served: Mutex<Vec<String>>,
 }
 
 /// A status that breaks a rule fails the test that it was written in.
@@ -47,6 +50,9 @@ impl Drop for Place {
             let mut violations = self.statuses.finish();
             violations.truncate(10);
             assert!(violations.is_empty(), "statuses that break a rule:\n{}", violations.join("\n"));
+            let served = self.served.lock().map(|served| served.clone()).unwrap_or_default();
+            let trespasses = trespasses(self.env, &self.namespace, &served);
+            assert!(trespasses.is_empty(), "what no operator may ask:\n{}", trespasses.join("\n"));
         }
     }
 }
@@ -75,7 +81,8 @@ impl Place {
         let kubeconfig = env.run_dir.join(format!("{namespace}.kubeconfig"));
         std::fs::write(&kubeconfig, env.kubeconfig_for(token.trim()))?;
         let statuses = Watch::start(env, &namespace);
-        let place = Self { env, client, namespace, prefix: format!("{test}-{suffix}"), kubeconfig, statuses };
+        let served = Mutex::new(vec![namespace.clone()]);
+        let place = Self { env, client, namespace, prefix: format!("{test}-{suffix}"), kubeconfig, statuses, served };
         place.pull_secret("pull", &[&env.source]).await?;
         place.pull_secret("push", &[&env.target]).await?;
         place.secret("ca", "Opaque", &[("ca.crt", &env.ca_pem)]).await?;
@@ -108,9 +115,11 @@ impl Place {
         self.operator_from(json!({"networks": networks}), timing, level)
     }
 
-    /// Lets an operator of this place serve another too.
+    /// Lets operators of this place that are started from now on serve another, too.
     pub(crate) fn serve(&self, other: &Self) -> Result<()> {
-        install_rbac(self.env, &self.namespace, &[&self.namespace, &other.namespace])
+        let mut served = self.served.lock().map_err(|_| anyhow::anyhow!("poisoned"))?;
+        served.push(other.namespace.clone());
+        install_rbac(self.env, &self.namespace, &served.iter().map(String::as_str).collect::<Vec<_>>())
     }
 
     /// An operator with more of a configuration than its timing.
@@ -136,9 +145,7 @@ impl Place {
             times.extend(changes.clone());
         }
         config["timing"] = times;
-        if config.get("watchNamespaces").is_none() {
-            config["watchNamespaces"] = json!([self.namespace]);
-        }
+        config["watchNamespaces"] = json!(*self.served.lock().map_err(|_| anyhow::anyhow!("poisoned"))?);
         let name = format!("{}-{:06x}", self.namespace, fastrand::u32(..0x100_0000));
         let path = self.env.run_dir.join(format!("{name}.yaml"));
         std::fs::write(&path, config.to_string())?;
@@ -174,6 +181,15 @@ impl Place {
         }
         api.create(&PostParams::default(), &secret).await?;
         Ok(())
+    }
+
+    /// The same as a document for the command line.
+    pub(crate) fn document(&self, name: &str, type_: &str, data: &[(&str, &str)]) -> Value {
+        let data: serde_json::Map<_, _> = data.iter().map(|(key, value)| ((*key).to_owned(), json!(value))).collect();
+        json!({
+            "apiVersion": "v1", "kind": "Secret", "metadata": {"name": name, "namespace": self.namespace},
+            "type": type_, "stringData": data,
+        })
     }
 
     pub(crate) async fn pull_secret(&self, name: &str, registries: &[&Registry]) -> Result<()> {

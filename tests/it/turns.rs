@@ -87,10 +87,8 @@ async fn a_newcomer_waits_for_no_more_runs_of_others_than_there_are_places() -> 
     }
     let gate = Gate::new();
     target.rule(looks(), Action::Gate(gate.clone()));
-    let mut config = with_runs(PLACES);
-    config["watchNamespaces"] = json!([busy.namespace, newcomer.namespace]);
     busy.serve(&newcomer)?;
-    let operator = busy.operator_from(config, &json!({}), "debug")?;
+    let operator = busy.operator_from(with_runs(PLACES), &json!({}), "debug")?;
     for n in 0..20 {
         busy.apply(&format!("m{n}"), &spec(&busy, &target, &format!("t{n}"))).await?;
     }

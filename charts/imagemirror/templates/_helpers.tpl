@@ -75,6 +75,11 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 {{- printf "%s:%d" $host (int .Values.metrics.port) -}}
 {{- end -}}
 
+{{/* A network, also where an address alone stands for itself. */}}
+{{- define "imagemirror.cidr" -}}
+{{- if contains "/" . -}}{{ . }}{{- else if contains ":" . -}}{{ . }}/128{{- else -}}{{ . }}/32{{- end -}}
+{{- end -}}
+
 {{/* What the operator does with ImageMirrors, in the whole cluster or in one namespace. */}}
 {{- define "imagemirror.mirrorRules" -}}
 # The objects themselves. The operator never creates, changes or deletes one.

@@ -225,7 +225,7 @@ impl Config {
             ..registry::Timing::default()
         };
         let hosts = self.registries.iter().map(|(host, registry)| (host.clone(), registry.options.clone())).collect();
-        ClientOptions { timing, networks: self.networks.clone(), hosts }
+        ClientOptions { timing, networks: self.networks.clone(), hosts, counters: None }
     }
 
     /// How a host is reached, as far as the operator's configuration says.

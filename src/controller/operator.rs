@@ -29,7 +29,7 @@ use crate::{
     api::ImageMirror,
     config::Config,
     copy::Fence,
-    registry,
+    registry::{self, ClientOptions, Counters},
     telemetry::{
         metrics::Metrics,
         server::{Gates, serve},
@@ -78,7 +78,8 @@ pub async fn run(config: Config, mut options: Options, shutdown: CancellationTok
     options.kubernetes.default_retry = false;
     let client = Client::try_from(options.kubernetes.clone())?;
     let lease_client = Client::try_from(options.kubernetes)?;
-    let (metrics, exposition) = Metrics::new();
+    let counters = Arc::new(Counters::default());
+    let (metrics, exposition) = Metrics::new(&counters);
     let metrics = Arc::new(metrics);
     let gates = Gates::new(&[GATE_CRD, GATE_LEASE]);
     let listener = TcpListener::bind(options.listen)
@@ -97,7 +98,7 @@ pub async fn run(config: Config, mut options: Options, shutdown: CancellationTok
             api_timeout: config.timing.api_timeout,
         };
         let (mut lease, held_until) = Lease::new(lease_client, lease_options, gates.clone());
-        let registry = registry::Client::new(config.client_options());
+        let registry = registry::Client::new(ClientOptions { counters: Some(counters), ..config.client_options() });
         while lease.acquire(&shutdown).await {
             metrics.set_leader(true);
             let fence = Fence::Held { until: held_until.clone(), margin: config.timing.tag_write_margin };

@@ -167,7 +167,7 @@ async fn report(
             namespace = %id.namespace, name = %id.name, images = report.images.len(), failed,
             bytes_copied = report.totals.bytes_copied, seconds = seconds.as_secs_f64(), "run ended"
         );
-        context.metrics.observe_sync(seconds, report.totals.bytes_copied);
+        context.metrics.observe_sync(seconds);
         for summary in summaries(&before, &current.status, ended) {
             context.events.publish(id, summary).await;
         }

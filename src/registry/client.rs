@@ -9,6 +9,7 @@ use std::{
 use tokio::sync::{Semaphore, SemaphorePermit};
 
 use super::{
+    counters::Counters,
     known::Known,
     limits::HostLimits,
     network::Networks,
@@ -105,6 +106,8 @@ pub struct ClientOptions {
     pub networks: Networks,
     /// Settings of single hosts; others have the default.
     pub hosts: HashMap<Host, HostOptions>,
+    /// Where it is counted what the client does.
+    pub counters: Option<Arc<Counters>>,
 }
 
 /// The registry client of the process. Cheap to clone.
@@ -157,6 +160,10 @@ impl Client {
         self.inner.pools.get(transport, self.timing(), &self.inner.networks)
     }
 
+    pub(super) fn counters(&self) -> Option<&Counters> {
+        self.inner.options.counters.as_deref()
+    }
+
     pub(super) fn networks(&self) -> &Networks {
         &self.inner.networks
     }
@@ -182,7 +189,8 @@ impl Client {
         Arc::clone(limits.entry(host.to_owned()).or_insert_with(|| {
             let options = host.parse::<Host>().ok().and_then(|host| self.inner.options.hosts.get(&host).cloned());
             let options = options.unwrap_or_default();
-            Arc::new(HostLimits::new(options.requests, options.streams, options.per_second))
+            let counters = self.counters().map(|counters| counters.host(host));
+            Arc::new(HostLimits::new(options.requests, options.streams, options.per_second).counted(counters))
         }))
     }
 

@@ -266,12 +266,13 @@ impl Repository {
         let timing = self.client().timing();
         let patience = if request.body.is_empty() { timing.head } else { timing.answer };
         let sent = Instant::now();
-        let answer = timeout(patience, self.http().execute(built)).await;
-        let inner = match answer {
-            Err(_) => return Err(Error::new(ErrorKind::TimedOut, request.step, &host, &request.subject)),
-            Ok(Err(error)) => return Err(transport_error(error, request.step, &host, &request.subject)),
-            Ok(Ok(inner)) => inner,
+        let counted = permit.sent(&request.method);
+        let answer = match timeout(patience, self.http().execute(built)).await {
+            Err(_) => Err(Error::new(ErrorKind::TimedOut, request.step, &host, &request.subject)),
+            Ok(answer) => answer.map_err(|error| transport_error(error, request.step, &host, &request.subject)),
         };
+        counted.came_to(&answer);
+        let inner = answer?;
         self.note_answer(&inner, &permit);
         Ok(Response { inner, permit, waited: sent.elapsed() })
     }
@@ -297,6 +298,9 @@ impl Repository {
             _ => Verdict::Fine,
         };
         permit.answered(verdict, self.client().timing().rate_pause);
+        if let Some(left) = header::quota_left(response.headers()) {
+            permit.quota_left(left);
+        }
     }
 
     /// What to send with a request, by what the host is known to ask for.

@@ -270,11 +270,15 @@ impl Upload {
         }
         *built.body_mut() = Some(reqwest::Body::wrap(body));
         state.begin();
+        let counted = permit.sent(&request.method);
         let answer = tokio::select! {
-            answer = repository.http().execute(built) => answer,
-            stalled = self.stalled(state) => return Err(Error::new(stalled, request.step, &host, &request.subject)),
+            answer = repository.http().execute(built) => {
+                answer.map_err(|error| transport_error(error, request.step, &host, &request.subject))
+            }
+            stalled = self.stalled(state) => Err(Error::new(stalled, request.step, &host, &request.subject)),
         };
-        let inner = answer.map_err(|error| transport_error(error, request.step, &host, &request.subject))?;
+        counted.came_to(&answer);
+        let inner = answer?;
         repository.note_answer(&inner, &permit);
         let response = Response { inner, permit, waited: Duration::ZERO };
         if !response.inner.status().is_success() {

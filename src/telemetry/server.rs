@@ -209,7 +209,7 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let stop = CancellationToken::new();
-        let (_, registry) = Metrics::new();
+        let (_, registry) = Metrics::new(&Arc::default());
         let server = tokio::spawn(serve(listener, gates.clone(), Arc::new(registry), stop.clone()));
         (address, stop, server)
     }

@@ -27,4 +27,5 @@ mod secrecy;
 mod statuses;
 mod support;
 mod tags;
+mod telemetry;
 mod uploads;

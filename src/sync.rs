@@ -283,9 +283,10 @@ async fn image_report(
     let mut report = ImageReport::of(image, handles.destination());
     match unless_blocked(request, image, deadline, Box::pin(sync_image(run, request, image, handles))).await {
         Ok(Outcome { digest, source_digest, action, replaced }) => {
-            if action != Action::Unchanged {
-                let what = if action.writes() { "image copied" } else { "image left as it is" };
-                tracing::info!(source = %report.source, tag = %report.tag, target = %report.target, %digest, ?action, "{what}");
+            if action.writes() {
+                tracing::info!(source = %report.source, tag = %report.tag, target = %report.target, %digest, ?action, "image copied");
+            } else {
+                tracing::debug!(source = %report.source, tag = %report.tag, target = %report.target, %digest, ?action, "image left as it is");
             }
             // Where the target is left with another digest, what was known of it stays as it was.
             if action != Action::Leave {
@@ -298,7 +299,7 @@ async fn image_report(
         Err(failure) => {
             tracing::warn!(
                 source = %report.source, tag = %report.tag, target = %report.target,
-                reason = %failure.reason, message = %failure.message, "image failed"
+                reason = %failure.reason, error = %failure.message, "image failed"
             );
             report.failure = Some(failure);
         }
@@ -391,7 +392,7 @@ impl ImageReport {
     fn of_unknown(unknown: &Unknown) -> Self {
         tracing::warn!(
             source = %unknown.source, target = %unknown.target,
-            reason = %unknown.failure.reason, message = %unknown.failure.message, "tags cannot be chosen"
+            reason = %unknown.failure.reason, error = %unknown.failure.message, "tags cannot be chosen"
         );
         Self {
             source: unknown.source.clone(),

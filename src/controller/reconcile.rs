@@ -8,6 +8,7 @@ use kube::{
     core::{DeserializeGuard, ObjectMeta, error_boundary::InvalidObject},
     runtime::controller::Action as Requeue,
 };
+use tracing::Instrument as _;
 
 use super::{
     context::{Context, Current, Identity},
@@ -18,7 +19,7 @@ use super::{
     error::Error,
     events::Summary,
     resolve::resolve,
-    runner::{Completes, Ended, Job, View},
+    runner::{Completes, Ended, Job, View, run_span},
     status,
 };
 use crate::{
@@ -35,6 +36,11 @@ pub(super) type Guarded = DeserializeGuard<ImageMirror>;
 /// Looks at an object, does the next thing, and says when to look again.
 pub(super) async fn reconcile(object: Arc<Guarded>, context: Arc<Context>) -> Result<Requeue, Error> {
     let id = identity(object.meta())?;
+    let span = tracing::error_span!("reconcile", object = %id);
+    look(id, object, context).instrument(span).await
+}
+
+async fn look(id: Identity, object: Arc<Guarded>, context: Arc<Context>) -> Result<Requeue, Error> {
     if !context.config.watches(&id.namespace) {
         return Ok(Requeue::await_change());
     }
@@ -57,7 +63,8 @@ pub(super) async fn reconcile(object: Arc<Guarded>, context: Arc<Context>) -> Re
     // The run before its outcome: one that ends in between is then seen as going on, and wakes the object again.
     let view = context.runner.view(&id.uid);
     if let Some(ended) = context.runner.ended(&id.uid) {
-        report(&id, &validated, &mut current, &ended, &context).await?;
+        let span = run_span(&id, ended.number);
+        report(&id, &validated, &mut current, &ended, &context).instrument(span).await?;
     }
     context.observe(&id, &current.status);
     let secrets = changed_secrets(&id, &validated, &current.status, &context).await?;
@@ -110,15 +117,15 @@ pub(super) async fn reconcile(object: Arc<Guarded>, context: Arc<Context>) -> Re
 #[allow(clippy::needless_pass_by_value, reason = "the form that the controller calls")]
 pub(super) fn after_error(object: Arc<Guarded>, error: &Error, context: Arc<Context>) -> Requeue {
     context.metrics.reconcile_error(error.reason().as_str());
-    let name = object.name_any();
+    let object = format!("{}/{}", object.namespace().unwrap_or_default(), object.name_any());
     if error.is_not_found() {
         return Requeue::await_change();
     }
     if error.is_conflict() {
-        tracing::debug!(%name, "somebody else wrote the object: looking again");
+        tracing::debug!(object, "somebody else wrote the object: looking again");
         return Requeue::requeue(Duration::from_millis(200));
     }
-    tracing::warn!(%name, namespace = object.namespace().unwrap_or_default(), %error, "a reconcile failed");
+    tracing::warn!(object, %error, "a reconcile failed");
     Requeue::requeue(context.config.timing.secret_retry)
 }
 
@@ -163,9 +170,12 @@ async fn report(
         let report = &ended.report;
         let failed = report.failed().count();
         let seconds = elapsed(report.started_at, report.finished_at);
-        tracing::info!(
-            namespace = %id.namespace, name = %id.name, images = report.images.len(), failed,
-            bytes_copied = report.totals.bytes_copied, seconds = seconds.as_secs_f64(), "run ended"
+        tracing::debug!(
+            images = report.images.len(),
+            failed,
+            bytes_copied = report.totals.bytes_copied,
+            seconds = seconds.as_secs_f64(),
+            "run ended"
         );
         context.metrics.observe_sync(seconds);
         for summary in summaries(&before, &current.status, ended) {

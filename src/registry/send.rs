@@ -136,7 +136,7 @@ impl Repository {
             if retries == MAX_RETRIES || !error.is_retryable() {
                 return Err(error);
             }
-            tracing::debug!(%error, retries, "repeating a request");
+            tracing::debug!(host = %error.host, %error, retries, "repeating a request");
             // A connection that was kept may have been closed just then: that says nothing of the registry.
             if retries > 0 || error.kind != ErrorKind::Interrupted {
                 self.back_off(retries).await;

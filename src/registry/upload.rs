@@ -128,7 +128,7 @@ impl Repository {
             request.scope = Some(Scope::Mount(self.name().clone(), from.clone()));
             match self.start(&request, digest, true).await {
                 Err(error) if is_refused_mount(&error) => {
-                    tracing::debug!(%error, "mounts are not tried again at this registry");
+                    tracing::debug!(host = %error.host, %error, "mounts are not tried again at this registry");
                     known.mounts_refused();
                 }
                 result => return result,
@@ -140,7 +140,7 @@ impl Repository {
             request.scope = Some(self.scope().clone());
             match self.start(&request, digest, false).await {
                 Err(error) if is_refused_mount(&error) => {
-                    tracing::debug!(%error, "an upload is opened without the attempt to mount");
+                    tracing::debug!(host = %error.host, %error, "an upload is opened without the attempt to mount");
                     let request = self.upload_request(digest, None)?;
                     let started = self.start(&request, digest, false).await?;
                     known.self_mounts_useless();
@@ -347,7 +347,7 @@ impl Upload {
                 result => result,
             };
             if let Err(error) = result {
-                tracing::debug!(%error, "an upload session was left to expire");
+                tracing::debug!(host = %error.host, %error, "an upload session was left to expire");
             }
         };
         let _ = timeout(CANCEL_TIMEOUT, cancel).await;

@@ -18,6 +18,7 @@ mod forms;
 mod layout;
 mod lifecycle;
 mod login;
+mod logs;
 mod main_job;
 mod mutations;
 mod packaging;

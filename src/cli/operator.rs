@@ -1,6 +1,6 @@
 //! `imagemirror operator`: flags and environment into one configuration, then the operator until a signal.
 
-use std::{net::SocketAddr, path::PathBuf};
+use std::{convert::Infallible, future::pending, net::SocketAddr, path::PathBuf, time::Duration};
 
 use clap::Args;
 use kube::config::{KubeConfigOptions, Kubeconfig};
@@ -9,7 +9,10 @@ use super::{Failure, runtime, signals};
 use crate::{
     config::Config,
     controller::{self, Options},
-    telemetry::logging::{self, Format},
+    telemetry::{
+        follow::follow,
+        logging::{self, Format, Level},
+    },
 };
 
 #[derive(Debug, Args)]
@@ -38,8 +41,10 @@ pub(super) fn run(arguments: Arguments, format: Option<Format>, level: Option<St
     let usage = |error: &dyn std::fmt::Display| Failure::Usage(error.to_string());
     let config = Config::load(arguments.config.as_deref()).map_err(|error| usage(&error))?;
     let format = format.unwrap_or(config.log.format);
+    // A level that is a flag is not changed by the file.
+    let followed = arguments.config.clone().filter(|_| level.is_none());
     let level = level.unwrap_or_else(|| config.log.level.clone());
-    logging::init(format, &level).map_err(|error| usage(&error))?;
+    let logged = logging::init(format, &level).map_err(|error| usage(&error))?;
     runtime()?.block_on(async {
         let kubernetes = kubernetes(arguments.kubeconfig).await?;
         let identity = arguments.identity.unwrap_or_else(|| format!("imagemirror-{:08x}", fastrand::u32(..)));
@@ -51,10 +56,37 @@ pub(super) fn run(arguments: Arguments, format: Option<Format>, level: Option<St
             identity,
         };
         tracing::info!(version = env!("CARGO_PKG_VERSION"), identity = %options.identity, "starting");
-        let result = controller::run(config, options, signals()).await;
+        let every = config.timing.config_poll;
+        let result = tokio::select! {
+            result = controller::run(config, options, signals()) => result,
+            never = follow_level(followed, every, &logged) => match never {},
+        };
         tracing::info!("stopped");
         result.map_err(|error| Failure::Failed(error.to_string()))
     })
+}
+
+/// Logs what the configuration says, also when it says something else than at the start.
+async fn follow_level(path: Option<PathBuf>, every: Duration, logged: &Level) -> Infallible {
+    let Some(path) = path else { return pending().await };
+    let mut last = None;
+    follow([path.clone()], every, |[text]| {
+        let level = Config::parse(&String::from_utf8_lossy(&text), &path).map(|config| config.log.level);
+        match level {
+            Ok(level) if last.as_ref() == Some(&level) => {}
+            Ok(level) => match logged.set(&level) {
+                Ok(()) => {
+                    if last.is_some() {
+                        tracing::info!(level, "the log level has changed");
+                    }
+                    last = Some(level);
+                }
+                Err(error) => tracing::warn!(%error, "the log level stays as it is"),
+            },
+            Err(error) => tracing::warn!(%error, "the configuration is wrong now: the log level stays as it is"),
+        }
+    })
+    .await
 }
 
 async fn kubernetes(path: Option<PathBuf>) -> Result<kube::Config, Failure> {

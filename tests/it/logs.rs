@@ -92,3 +92,47 @@ async fn a_run_logs_one_line_a_transition_and_one_for_each_image_that_was_copied
     ensure!(all.iter().filter_map(run).any(|other| other != number), "two runs have one name");
     Ok(())
 }
+
+#[tokio::test]
+async fn the_level_changes_with_the_configuration_file_and_a_wrong_one_changes_nothing() -> Result<()> {
+    let place = Place::new("log-level").await?;
+    let config = |level: &str| {
+        let networks = json!({"allow": ["127.0.0.0/8"]});
+        let timing = json!({"configPoll": "50ms"});
+        json!({"watchNamespaces": [place.namespace], "timing": timing, "networks": networks, "log": {"level": level}})
+    };
+    let operator = place.operator_of(&config("warn"), &[])?;
+    // As a kubelet does: what is there is replaced, never half written.
+    let write = |text: &str| {
+        let new = operator.config.with_extension("new");
+        std::fs::write(&new, text)?;
+        std::fs::rename(&new, &operator.config)
+    };
+    let says = async |what: &str| eventually(what, || async { Ok(operator.logged()?.contains(what)) }).await;
+    place.push(&place.env.source, "agent", "1", &Image::single(65, &[1000])).await?;
+    place.apply("m", &place.spec(&place.env.source, &place.env.target, &[("agent", &["1"])])).await?;
+    place.until_ready("m").await?;
+    let logged = operator.logged()?;
+    ensure!(!logged.contains("INFO") && !logged.contains("DEBUG"), "{logged}");
+
+    write(&config("debug").to_string())?;
+    says("the log level has changed").await?;
+    for (wrong, told) in
+        [(config("inof").to_string(), "invalid log level"), ("log: [".into(), "configuration is wrong")]
+    {
+        write(&wrong)?;
+        says(told).await?;
+    }
+    std::fs::remove_file(&operator.config)?;
+    says("cannot be read").await?;
+    place.request("m").await?;
+    says("run ended").await?;
+    ensure!(operator.logged()?.contains("\"level\":\"DEBUG\""));
+
+    // It goes on from there once the file is right again.
+    write(&config("info").to_string())?;
+    eventually("the level to change back", || async {
+        Ok(operator.logged()?.matches("the log level has changed").count() == 2)
+    })
+    .await
+}

@@ -55,7 +55,31 @@ async fn the_operator_accepts_the_configuration_that_the_chart_renders() -> Resu
     for text in files.values() {
         let config = imagemirror::config::Config::parse(text.as_str().unwrap_or_default(), Path::new("chart"))?;
         ensure!(config.limits.runs == 7 && config.timing.head_timeout.as_secs() == 5);
+        ensure!(config.log == imagemirror::config::Log::default(), "{:?}", config.log);
     }
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_change_of_the_configuration_makes_new_pods_but_for_the_log_level() -> Result<()> {
+    let place = Place::new("chart-level").await?;
+    let render = |template: &str, set: &str| {
+        rendered_chart(
+            place.env,
+            &place.namespace,
+            &["--show-only", &format!("templates/{template}.yaml"), "--set", set],
+        )
+    };
+    for (template, set, is_another) in [
+        ("deployment", "logLevel=debug", false),
+        ("configmap", "logLevel=debug", true),
+        ("deployment", "logFormat=text", true),
+        ("deployment", "config.limits.runs=7", true),
+    ] {
+        ensure!((render(template, set)? != render(template, "logLevel=info")?) == is_another, "{template} with {set}");
+    }
+    // A file that is mounted alone stays as it was when the pod began.
+    ensure!(!render("deployment", "logLevel=info")?.contains("subPath"));
     Ok(())
 }
 

@@ -56,6 +56,7 @@ pub(crate) struct Operator {
     pub(crate) process: Process,
     pub(crate) log: PathBuf,
     pub(crate) listen: String,
+    pub(crate) config: PathBuf,
 }
 
 impl Place {
@@ -107,6 +108,11 @@ impl Place {
             times.extend(changes.clone());
         }
         let config = json!({"watchNamespaces": [self.namespace], "timing": times, "networks": networks});
+        self.operator_of(&config, &["--log-level", level])
+    }
+
+    /// With this configuration, and these arguments beside those that every test needs.
+    pub(crate) fn operator_of(&self, config: &Value, arguments: &[&str]) -> Result<Operator> {
         let name = format!("{}-{:06x}", self.namespace, fastrand::u32(..0x100_0000));
         let path = self.env.run_dir.join(format!("{name}.yaml"));
         std::fs::write(&path, config.to_string())?;
@@ -119,12 +125,11 @@ impl Place {
             &self.namespace,
             "--identity",
             &name,
-            "--log-level",
-            level,
         ]);
+        command.args(arguments);
         let log = self.env.log(&name);
         let process = Process::spawn(&name, command, &log)?;
-        Ok(Operator { process, log, listen })
+        Ok(Operator { process, log, listen, config: path })
     }
 
     pub(crate) async fn secret(&self, name: &str, type_: &str, data: &[(&str, &str)]) -> Result<()> {

@@ -59,9 +59,10 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 {{- end -}}
 {{- end -}}
 
-{{/* The operator's configuration: config, and the namespaces that the roles were made for. */}}
+{{/* The operator's configuration: config, the log, and the namespaces that the roles were made for. */}}
 {{- define "imagemirror.config" -}}
 {{- $config := deepCopy .Values.config -}}
+{{- $_ := set $config "log" (dict "format" .Values.logFormat "level" .Values.logLevel) -}}
 {{- with .Values.watchNamespaces -}}
 {{- $_ := set $config "watchNamespaces" . -}}
 {{- end -}}

@@ -23,9 +23,12 @@ pub(super) struct Arguments {
     /// The kubeconfig to use instead of the pod's ServiceAccount.
     #[arg(long, env = "KUBECONFIG")]
     kubeconfig: Option<PathBuf>,
-    /// Where /livez, /readyz and /metrics are served.
+    /// Where /livez and /readyz are served, and /metrics unless it has TLS.
     #[arg(long, env = "IMAGEMIRROR_LISTEN", default_value = "0.0.0.0:8080")]
     listen: SocketAddr,
+    /// Where /metrics is served with TLS (`metrics.certFile` of the configuration).
+    #[arg(long, env = "IMAGEMIRROR_METRICS_LISTEN", default_value = "0.0.0.0:8443")]
+    metrics_listen: SocketAddr,
     /// The namespace of the lease.
     #[arg(long, env = "POD_NAMESPACE", default_value = "imagemirror-system")]
     lease_namespace: String,
@@ -51,6 +54,7 @@ pub(super) fn run(arguments: Arguments, format: Option<Format>, level: Option<St
         let options = Options {
             kubernetes,
             listen: arguments.listen,
+            metrics_listen: arguments.metrics_listen,
             lease_namespace: arguments.lease_namespace,
             lease_name: arguments.lease_name,
             identity,

@@ -4,3 +4,4 @@ pub mod follow;
 pub mod logging;
 pub mod metrics;
 pub mod server;
+pub mod tls;

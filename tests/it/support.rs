@@ -364,6 +364,6 @@ fn install_rbac(env: &Env, namespace: &str) -> Result<()> {
     run(&mut apply, Some(&objects)).map(|_| ())
 }
 
-fn free_port() -> Result<u16> {
+pub(crate) fn free_port() -> Result<u16> {
     Ok(std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
 }

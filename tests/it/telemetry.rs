@@ -1,17 +1,21 @@
 //! The operator as it is seen from outside: its metrics against what the registries were asked.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    process::Command,
+};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use imagemirror::api::v1alpha1::LastSync;
 use serde_json::{Value, json};
 use testenv::{
     Image, Proxy, RegistryOptions, RegistryServer,
+    certs::{Ca, Identity},
     proxy::{Action, CHECK_USER_AGENT, Matcher, Route},
     token::{TokenOptions, TokenServer},
 };
 
-use crate::support::{Operator, Place, eventually};
+use crate::support::{Operator, Place, eventually, free_port, rendered_chart, run};
 
 /// How many requests there were, by method and status.
 type Requests = BTreeMap<(String, String), u64>;
@@ -307,5 +311,86 @@ async fn hosts_that_tenants_name_do_not_make_series_without_end() -> Result<()> 
     let hosts: BTreeSet<_> = requests.iter().map(|found| &found.labels["host"]).collect();
     ensure!(hosts.len() == 101, "{} hosts are told apart", hosts.len());
     ensure!(scrape.count("registry_requests_total", &[("host", "other"), ("code", "error")]) >= 29);
+    Ok(())
+}
+
+/// What a scrape over TLS is answered, by who trusts the authority of the tests alone.
+async fn scraped(address: &str, token: Option<&str>) -> Result<(u16, String)> {
+    let tls = testenv::certs::client_config(&testenv::Env::get().ca_pem)?;
+    let client = reqwest::Client::builder().tls_backend_preconfigured((*tls).clone()).build()?;
+    let mut request = client.get(format!("https://{address}/metrics"));
+    if let Some(token) = token {
+        request = request.bearer_auth(token);
+    }
+    let answer = request.send().await?;
+    Ok((answer.status().as_u16(), answer.text().await?))
+}
+
+#[tokio::test]
+async fn metrics_with_authentication_are_for_those_who_may_get_them_and_over_tls_alone() -> Result<()> {
+    let place = Place::new("metrics-secure").await?;
+    let secure = "metrics.secure.enabled=true,metrics.secure.certSecret=x";
+    let watched = format!("watchNamespaces={{{}}}", place.namespace);
+    let only = ["--show-only", "templates/rbac.yaml", "--set", &watched, "--set", secure];
+    let rights = rendered_chart(place.env, &place.namespace, &only)?;
+    let mut apply = Command::new(place.env.tools.join("kubectl"));
+    apply.arg("--kubeconfig").arg(&place.env.kubeconfig).args(["apply", "-f", "-"]);
+    run(&mut apply, Some(&rights))?;
+    for account in ["reader", "stranger"] {
+        place.kubectl(&["create", "serviceaccount", account])?;
+    }
+    let role = format!("{}:reader", place.namespace);
+    let reader = format!("system:serviceaccount:{}:reader", place.namespace);
+    place.kubectl(&["create", "clusterrole", &role, "--verb=get", "--non-resource-url=/metrics"])?;
+    place.kubectl(&["create", "clusterrolebinding", &role, "--clusterrole", &role, "--user", &reader])?;
+    let may_read = || {
+        let mut ask = Command::new(place.env.tools.join("kubectl"));
+        let ask = ask
+            .arg("--kubeconfig")
+            .arg(&place.env.kubeconfig)
+            .args(["auth", "can-i", "get", "/metrics", "--as", &reader]);
+        Ok(ask.status()?.success())
+    };
+    eventually("the right to be known", || async { may_read() }).await?;
+    let token = |account: &str| place.kubectl(&["create", "token", account]);
+    let (reads, strange) = (token("reader")?, token("stranger")?);
+
+    // The certificate of another authority comes first.
+    let folder = place.env.run_dir.join(&place.namespace);
+    std::fs::create_dir_all(&folder)?;
+    let write = |identity: &Identity| {
+        std::fs::write(folder.join("tls.crt"), &identity.cert_pem)?;
+        std::fs::write(folder.join("tls.key"), &identity.key_pem)
+    };
+    write(&Ca::generate()?.server()?)?;
+    let config = json!({
+        "watchNamespaces": [place.namespace], "timing": {"configPoll": "50ms"},
+        "metrics": {"certFile": folder.join("tls.crt"), "keyFile": folder.join("tls.key"), "authentication": "TokenReview"},
+    });
+    let address = format!("127.0.0.1:{}", free_port()?);
+    let operator = place.operator_of(&config, &["--metrics-listen", &address])?;
+    eventually("readiness, which is open to all", || async { Ok(operator.get("/readyz").await?.0 == 200) }).await?;
+    ensure!(scraped(&address, Some(reads.trim())).await.is_err(), "the certificate is not that of the files");
+    write(&place.env.ca()?.server()?)?;
+    eventually("the new certificate", || async { Ok(scraped(&address, None).await?.0 == 401) }).await?;
+    write(&Identity { cert_pem: "garbage".into(), key_pem: "garbage".into() })?;
+    eventually("the wrong certificate to be noticed", || async {
+        Ok(operator.logged()?.contains("the certificate of the metrics stays as it was"))
+    })
+    .await?;
+
+    for (token, status) in [(None, 401), (Some("a.b.c"), 401), (Some(strange.trim()), 403), (Some(reads.trim()), 200)] {
+        let (found, text) = scraped(&address, token).await?;
+        ensure!(found == status, "{found} where {status} was expected");
+        ensure!(text.contains("imagemirror_leader") == (status == 200), "{status}: {text}");
+    }
+    // What the API server said is remembered for a moment: it is not asked with every scrape.
+    place.kubectl(&["delete", "clusterrolebinding", &role])?;
+    eventually("the right to be gone", || async { Ok(!may_read()?) }).await?;
+    ensure!(scraped(&address, Some(reads.trim())).await?.0 == 200);
+
+    ensure!(operator.get("/metrics").await?.0 == 404, "they are served beside the probes too");
+    let secure = Operator { listen: address, ..operator };
+    ensure!(secure.get("/metrics").await.is_err(), "there is an answer without TLS");
     Ok(())
 }

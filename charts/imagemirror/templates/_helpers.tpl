@@ -66,14 +66,20 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 {{- with .Values.watchNamespaces -}}
 {{- $_ := set $config "watchNamespaces" . -}}
 {{- end -}}
+{{- with .Values.metrics.secure -}}
+{{- if .enabled -}}
+{{- $files := "/etc/imagemirror/metrics-tls" -}}
+{{- $_ := set $config "metrics" (dict "certFile" (printf "%s/tls.crt" $files) "keyFile" (printf "%s/tls.key" $files) "authentication" .authentication) -}}
+{{- end -}}
+{{- end -}}
 {{- toYaml $config -}}
 {{- end -}}
 
-{{/* IPv6 addresses want brackets before a port. */}}
+{{/* The address with this port: IPv6 addresses want brackets before it. */}}
 {{- define "imagemirror.listen" -}}
-{{- $host := .Values.metrics.bindAddress -}}
+{{- $host := .root.Values.metrics.bindAddress -}}
 {{- if contains ":" $host -}}{{- $host = printf "[%s]" $host -}}{{- end -}}
-{{- printf "%s:%d" $host (int .Values.metrics.port) -}}
+{{- printf "%s:%d" $host (int .port) -}}
 {{- end -}}
 
 {{/* What the operator does with ImageMirrors, in the whole cluster or in one namespace. */}}

@@ -24,6 +24,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use tokio::time::{Instant, timeout_at};
 use tokio_util::sync::CancellationToken;
+use tracing::Instrument as _;
 
 use crate::{
     copy::{CopyOptions, Fence, Progress, Run, Totals},
@@ -261,8 +262,10 @@ pub async fn sync(
     let run = Run::new(Arc::clone(&progress), fence);
     let deadline = Instant::now() + request.timeout;
     let handles = Handles::of(client, request, registries);
-    let one = async |image| {
-        let report = image_report(&run, request, image, &handles, deadline).await;
+    let one = async |image: &ImageRequest| {
+        let ImageSource { host, repository, .. } = &image.source;
+        let span = tracing::info_span!("image", source = %format_args!("{host}/{repository}"), tag = %image.target_tag);
+        let report = image_report(&run, request, image, &handles, deadline).instrument(span).await;
         progress.image_done();
         report
     };

@@ -47,8 +47,19 @@ pub(super) fn run(arguments: Arguments, format: Option<Format>, level: Option<St
     // A level that is a flag is not changed by the file.
     let followed = arguments.config.clone().filter(|_| level.is_none());
     let level = level.unwrap_or_else(|| config.log.level.clone());
-    let logged = logging::init(format, &level).map_err(|error| usage(&error))?;
-    runtime()?.block_on(async {
+    let runtime = runtime()?;
+    #[cfg(not(feature = "otel"))]
+    let further = None;
+    #[cfg(feature = "otel")]
+    let (traces, further) = if crate::config::sends_traces() {
+        let started = crate::telemetry::traces::Traces::start(runtime.handle().clone());
+        let (traces, further) = started.map_err(|error| usage(&error))?;
+        (Some(traces), further)
+    } else {
+        (None, None)
+    };
+    let logged = logging::init(format, &level, further).map_err(|error| usage(&error))?;
+    let result = runtime.block_on(async {
         let kubernetes = kubernetes(arguments.kubeconfig).await?;
         let identity = arguments.identity.unwrap_or_else(|| format!("imagemirror-{:08x}", fastrand::u32(..)));
         let options = Options {
@@ -67,7 +78,12 @@ pub(super) fn run(arguments: Arguments, format: Option<Format>, level: Option<St
         };
         tracing::info!("stopped");
         result.map_err(|error| Failure::Failed(error.to_string()))
-    })
+    });
+    #[cfg(feature = "otel")]
+    if let Some(traces) = traces {
+        traces.end();
+    }
+    result
 }
 
 /// Logs what the configuration says, also when it says something else than at the start.

@@ -7,7 +7,10 @@ use std::io::{self, IsTerminal as _};
 
 use serde::Deserialize;
 use tracing_subscriber::{
-    EnvFilter, Layer as _, Registry, filter::LevelFilter, layer::SubscriberExt as _, reload,
+    EnvFilter, Layer, Registry,
+    filter::LevelFilter,
+    layer::{Layered, SubscriberExt as _},
+    reload,
     util::SubscriberInitExt as _,
 };
 
@@ -33,21 +36,24 @@ pub enum LoggingError {
     Init(Box<dyn std::error::Error + Send + Sync>),
 }
 
+/// Who else is told of what happens, beside the log.
+pub type Further = Option<Box<dyn Layer<Registry> + Send + Sync>>;
+
 /// Sends log lines to standard error from now on. Works once in a process.
-pub fn init(format: Format, level: &str) -> Result<Level, LoggingError> {
+pub fn init(format: Format, level: &str, further: Further) -> Result<Level, LoggingError> {
     let (filter, handle) = reload::Layer::new(filter(level)?);
     let lines = tracing_subscriber::fmt::layer().with_writer(io::stderr);
     let lines = match format {
         Format::Text => lines.with_ansi(io::stderr().is_terminal()).boxed(),
         Format::Json => lines.json().flatten_event(true).with_current_span(false).boxed(),
     };
-    let subscriber = tracing_subscriber::registry().with(filter).with(lines);
+    let subscriber = tracing_subscriber::registry().with(further).with(filter).with(lines);
     subscriber.try_init().map_err(|error| LoggingError::Init(error.into()))?;
     Ok(Level(handle))
 }
 
 /// What is logged, which can be changed while the process runs.
-pub struct Level(reload::Handle<EnvFilter, Registry>);
+pub struct Level(reload::Handle<EnvFilter, Layered<Further, Registry>>);
 
 impl Level {
     /// Logs this level, or by this filter, from now on.

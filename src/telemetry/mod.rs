@@ -5,3 +5,5 @@ pub mod logging;
 pub mod metrics;
 pub mod server;
 pub mod tls;
+#[cfg(feature = "otel")]
+pub mod traces;

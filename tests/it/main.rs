@@ -29,4 +29,6 @@ mod statuses;
 mod support;
 mod tags;
 mod telemetry;
+#[cfg(feature = "otel")]
+mod traces;
 mod uploads;

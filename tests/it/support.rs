@@ -113,6 +113,16 @@ impl Place {
 
     /// With this configuration, and these arguments beside those that every test needs.
     pub(crate) fn operator_of(&self, config: &Value, arguments: &[&str]) -> Result<Operator> {
+        self.operator_where(config, arguments, &[])
+    }
+
+    /// And with these variables.
+    pub(crate) fn operator_where(
+        &self,
+        config: &Value,
+        arguments: &[&str],
+        variables: &[(&str, &str)],
+    ) -> Result<Operator> {
         let name = format!("{}-{:06x}", self.namespace, fastrand::u32(..0x100_0000));
         let path = self.env.run_dir.join(format!("{name}.yaml"));
         std::fs::write(&path, config.to_string())?;
@@ -126,7 +136,7 @@ impl Place {
             "--identity",
             &name,
         ]);
-        command.args(arguments);
+        command.args(arguments).envs(variables.iter().copied());
         let log = self.env.log(&name);
         let process = Process::spawn(&name, command, &log)?;
         Ok(Operator { process, log, listen, config: path })

@@ -275,14 +275,6 @@ impl Config {
     }
 }
 
-/// Whether the environment names a collector of traces.
-#[cfg(feature = "otel")]
-#[must_use]
-pub fn sends_traces() -> bool {
-    let names = ["OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"];
-    names.iter().any(|name| std::env::var_os(name).is_some_and(|value| !value.is_empty()))
-}
-
 /// The file as it is written.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default, deny_unknown_fields, rename_all = "camelCase")]

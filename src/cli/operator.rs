@@ -38,6 +38,25 @@ pub(super) struct Arguments {
     /// The name of this replica in the lease.
     #[arg(long, env = "POD_NAME")]
     identity: Option<String>,
+    /// The collector of traces; `/v1/traces` is added.
+    #[cfg(feature = "otel")]
+    #[arg(long, env = "OTEL_EXPORTER_OTLP_ENDPOINT")]
+    otlp_endpoint: Option<String>,
+    /// The same as a whole URL, which comes first.
+    #[cfg(feature = "otel")]
+    #[arg(long, env = "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")]
+    otlp_traces_endpoint: Option<String>,
+}
+
+#[cfg(feature = "otel")]
+impl Arguments {
+    /// Where traces go, if anywhere: a variable that is empty is as one that is not set.
+    fn collector(&self) -> Option<String> {
+        let is_set = |endpoint: &&String| !endpoint.is_empty();
+        let base = self.otlp_endpoint.as_ref().filter(is_set).map(|base| base.trim_end_matches('/'));
+        let whole = self.otlp_traces_endpoint.as_ref().filter(is_set).cloned();
+        whole.or_else(|| base.map(|base| format!("{base}/v1/traces")))
+    }
 }
 
 pub(super) fn run(arguments: Arguments, format: Option<Format>, level: Option<String>) -> Result<(), Failure> {
@@ -51,12 +70,13 @@ pub(super) fn run(arguments: Arguments, format: Option<Format>, level: Option<St
     #[cfg(not(feature = "otel"))]
     let further = None;
     #[cfg(feature = "otel")]
-    let (traces, further) = if crate::config::sends_traces() {
-        let started = crate::telemetry::traces::Traces::start(runtime.handle().clone());
-        let (traces, further) = started.map_err(|error| usage(&error))?;
-        (Some(traces), further)
-    } else {
-        (None, None)
+    let (traces, further) = match arguments.collector() {
+        Some(collector) => {
+            let started = crate::telemetry::traces::Traces::start(&collector, runtime.handle().clone());
+            let (traces, further) = started.map_err(|error| usage(&error))?;
+            (Some(traces), further)
+        }
+        None => (None, None),
     };
     let logged = logging::init(format, &level, further).map_err(|error| usage(&error))?;
     let result = runtime.block_on(async {

@@ -1,7 +1,8 @@
 //! Traces of runs for an OpenTelemetry collector, by OTLP over HTTP. Only in programs built with the feature `otel`.
 //!
 //! A trace is a run, with a span for each of its images; the lines of the log are events of them. Where it goes is said by the
-//! variables of the OpenTelemetry specification, `OTEL_EXPORTER_OTLP_ENDPOINT` and the like. The HTTP client is the
+//! variables of the OpenTelemetry specification, `OTEL_EXPORTER_OTLP_ENDPOINT` and the like; those beside it are read by the
+//! libraries. The HTTP client is the
 //! one that is in the program anyway, so that there is one TLS library.
 
 use std::time::Duration;
@@ -11,7 +12,7 @@ use futures::{FutureExt as _, future::BoxFuture};
 use http::{Request, Response};
 use opentelemetry::trace::TracerProvider as _;
 use opentelemetry_http::{HttpClient, HttpError};
-use opentelemetry_otlp::{ExporterBuildError, SpanExporter, WithHttpConfig as _};
+use opentelemetry_otlp::{ExporterBuildError, SpanExporter, WithExportConfig as _, WithHttpConfig as _};
 use opentelemetry_sdk::{Resource, trace::SdkTracerProvider};
 use tokio::runtime::Handle;
 use tracing::Metadata;
@@ -35,16 +36,17 @@ pub enum TracesError {
     /// The client could not be set up.
     #[error("traces cannot be sent: {0}")]
     Client(#[from] reqwest::Error),
-    /// One of the variables is wrong.
+    /// The URL, or one of the variables, is wrong.
     #[error("traces cannot be sent: {0}; see OTEL_EXPORTER_OTLP_ENDPOINT and the variables beside it")]
     Exporter(#[from] ExporterBuildError),
 }
 
 impl Traces {
-    /// Sends traces from now on, with connections on this runtime; and what has to be told of spans for that.
-    pub fn start(runtime: Handle) -> Result<(Self, Further), TracesError> {
+    /// Sends traces to this URL from now on, with connections on this runtime; and what has to be told of spans for that.
+    pub fn start(collector: &str, runtime: Handle) -> Result<(Self, Further), TracesError> {
         let http = reqwest::Client::builder().timeout(TIMEOUT).build()?;
-        let exporter = SpanExporter::builder().with_http().with_http_client(Sender { http, runtime }).build()?;
+        let exporter = SpanExporter::builder().with_http().with_endpoint(collector);
+        let exporter = exporter.with_http_client(Sender { http, runtime }).build()?;
         let resource = Resource::builder().with_service_name(env!("CARGO_PKG_NAME")).build();
         let provider = SdkTracerProvider::builder().with_batch_exporter(exporter).with_resource(resource).build();
         let layer = tracing_opentelemetry::layer().with_tracer(provider.tracer(env!("CARGO_PKG_NAME")));

@@ -120,11 +120,12 @@ fmt: ## Format the code
 	cargo fmt --manifest-path fuzz/Cargo.toml
 
 .PHONY: lint
-lint: ## Check the format, clippy and the documentation, with and without Kubernetes
+lint: ## Check the format, clippy and the documentation, with and without Kubernetes, with traces
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --locked -- -D warnings
 	cargo clippy --lib --no-default-features --locked -- -D warnings
 	cargo check --lib --no-default-features --locked
+	cargo check --features otel --tests --locked
 	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked
 
 .PHONY: deny

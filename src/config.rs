@@ -57,6 +57,36 @@ pub struct Config {
     pub timing: Timing,
     /// What is logged, and how.
     pub log: Log,
+    /// How metrics are served.
+    pub metrics: Metrics,
+}
+
+/// How metrics are served.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Metrics {
+    /// With TLS, on a listener of their own.
+    pub tls: Option<TlsFiles>,
+    /// Who may read them.
+    pub authentication: Authentication,
+}
+
+/// A certificate chain and its key, PEM both.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TlsFiles {
+    /// The chain.
+    pub cert: PathBuf,
+    /// The key.
+    pub key: PathBuf,
+}
+
+/// Who may read the metrics.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+pub enum Authentication {
+    /// Everybody who reaches them.
+    #[default]
+    None,
+    /// Those of whose bearer token the API server says that they may `get` the path `/metrics`.
+    TokenReview,
 }
 
 /// How one registry is reached.
@@ -158,6 +188,7 @@ impl Default for Config {
             watch_namespaces: Vec::new(),
             timing: Timing::default(),
             log: Log::default(),
+            metrics: Metrics::default(),
         }
     }
 }
@@ -181,9 +212,13 @@ impl Config {
         let Some(path) = path else { return Ok(Self::default()) };
         let text = fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
         let mut config = Self::parse(&text, path)?;
+        let beside = |file: &Path| path.parent().map_or_else(|| file.to_owned(), |folder| folder.join(file));
+        if let Some(tls) = &mut config.metrics.tls {
+            (tls.cert, tls.key) = (beside(&tls.cert), beside(&tls.key));
+        }
         for (host, registry) in &mut config.registries {
             let Some(file) = &registry.ca_file else { continue };
-            let file = path.parent().map_or_else(|| file.clone(), |folder| folder.join(file));
+            let file = beside(file);
             let (path, host) = (path.to_owned(), host.clone());
             let ca = match fs::read(&file) {
                 Ok(bytes) => Bytes::from(bytes),
@@ -232,7 +267,8 @@ impl Config {
             ..registry::Timing::default()
         };
         let hosts = self.registries.iter().map(|(host, registry)| (host.clone(), registry.options.clone())).collect();
-        ClientOptions { timing, networks: self.networks.clone(), hosts, memory: Some(self.limits.memory) }
+        let memory = Some(self.limits.memory);
+        ClientOptions { timing, networks: self.networks.clone(), hosts, memory, counters: None }
     }
 
     /// How a host is reached, as far as the operator's configuration says.
@@ -257,6 +293,7 @@ struct File {
     watch_namespaces: Vec<String>,
     timing: BTreeMap<String, String>,
     log: LogEntry,
+    metrics: MetricsEntry,
 }
 
 #[derive(Debug, Deserialize)]
@@ -355,6 +392,31 @@ struct LogEntry {
     level: Option<String>,
 }
 
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+struct MetricsEntry {
+    cert_file: Option<PathBuf>,
+    key_file: Option<PathBuf>,
+    authentication: Option<Authentication>,
+}
+
+impl MetricsEntry {
+    fn validate(self) -> Result<Metrics, Wrong> {
+        let authentication = self.authentication.unwrap_or_default();
+        let tls = match (self.cert_file, self.key_file) {
+            (Some(cert), Some(key)) => Some(TlsFiles { cert, key }),
+            (None, None) if authentication == Authentication::TokenReview => {
+                let problem = "needs TLS, or tokens would be sent in the clear: write certFile and keyFile";
+                return Err(Wrong::new("metrics.authentication", problem));
+            }
+            (None, None) => None,
+            (None, _) => return Err(Wrong::new("metrics.certFile", "is absent: write it beside keyFile")),
+            (_, None) => return Err(Wrong::new("metrics.keyFile", "is absent: write it beside certFile")),
+        };
+        Ok(Metrics { tls, authentication })
+    }
+}
+
 struct Wrong {
     key: String,
     problem: String,
@@ -397,6 +459,7 @@ impl File {
             watch_namespaces: self.watch_namespaces,
             timing: timing(&self.timing)?,
             log,
+            metrics: self.metrics.validate()?,
         })
     }
 }

@@ -24,6 +24,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use tokio::time::{Instant, timeout_at};
 use tokio_util::sync::CancellationToken;
+use tracing::Instrument as _;
 
 use crate::{
     copy::{CopyOptions, Fence, Progress, Run, Totals},
@@ -261,8 +262,10 @@ pub async fn sync(
     let run = Run::new(Arc::clone(&progress), fence, client.memory().clone());
     let deadline = Instant::now() + request.timeout;
     let handles = Handles::of(client, request, registries);
-    let one = async |image| {
-        let report = image_report(&run, request, image, &handles, deadline).await;
+    let one = async |image: &ImageRequest| {
+        let ImageSource { host, repository, .. } = &image.source;
+        let span = tracing::info_span!("image", source = %format_args!("{host}/{repository}"), tag = %image.target_tag);
+        let report = image_report(&run, request, image, &handles, deadline).instrument(span).await;
         progress.image_done();
         report
     };
@@ -283,9 +286,10 @@ async fn image_report(
     let mut report = ImageReport::of(image, handles.destination());
     match unless_blocked(request, image, deadline, Box::pin(sync_image(run, request, image, handles))).await {
         Ok(Outcome { digest, source_digest, action, replaced }) => {
-            if action != Action::Unchanged {
-                let what = if action.writes() { "image copied" } else { "image left as it is" };
-                tracing::info!(source = %report.source, tag = %report.tag, target = %report.target, %digest, ?action, "{what}");
+            if action.writes() {
+                tracing::info!(source = %report.source, tag = %report.tag, target = %report.target, %digest, ?action, "image copied");
+            } else {
+                tracing::debug!(source = %report.source, tag = %report.tag, target = %report.target, %digest, ?action, "image left as it is");
             }
             // Where the target is left with another digest, what was known of it stays as it was.
             if action != Action::Leave {
@@ -298,7 +302,7 @@ async fn image_report(
         Err(failure) => {
             tracing::warn!(
                 source = %report.source, tag = %report.tag, target = %report.target,
-                reason = %failure.reason, message = %failure.message, "image failed"
+                reason = %failure.reason, error = %failure.message, "image failed"
             );
             report.failure = Some(failure);
         }
@@ -397,7 +401,7 @@ impl ImageReport {
     fn of_unknown(unknown: &Unknown) -> Self {
         tracing::warn!(
             source = %unknown.source, target = %unknown.target,
-            reason = %unknown.failure.reason, message = %unknown.failure.message, "tags cannot be chosen"
+            reason = %unknown.failure.reason, error = %unknown.failure.message, "tags cannot be chosen"
         );
         Self {
             source: unknown.source.clone(),

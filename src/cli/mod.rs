@@ -118,7 +118,9 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
 /// The log of a command that reports by itself: errors alone, unless more is asked for.
 fn logs(format: Option<Format>, level: Option<String>) -> Result<(), Failure> {
     let level = level.unwrap_or_else(|| "error".to_owned());
-    logging::init(format.unwrap_or_default(), &level).map_err(|error| Failure::Usage(error.to_string()))
+    logging::init(format.unwrap_or_default(), &level, None)
+        .map(|_| ())
+        .map_err(|error| Failure::Usage(error.to_string()))
 }
 
 fn print_json(value: &serde_json::Value) -> Result<(), Failure> {

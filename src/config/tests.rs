@@ -70,6 +70,10 @@ fn wrong_values_are_refused_with_their_key() {
         ("watchNamespaces: [a, a]", "watchNamespaces[1]: \"a\" is there twice"),
         ("log: {level: inof}", "log.level: invalid log level"),
         ("log: {format: xml}", "xml"),
+        ("metrics: {certFile: a}", "metrics.keyFile: is absent"),
+        ("metrics: {keyFile: a, authentication: TokenReview}", "metrics.certFile: is absent"),
+        ("metrics: {authentication: TokenReview}", "metrics.authentication: needs TLS"),
+        ("metrics: {authentication: Basic}", "Basic"),
     ] {
         let message = refused(text);
         assert!(message.starts_with("operator.yaml: ") && message.contains(key), "{message}");

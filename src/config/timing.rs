@@ -89,6 +89,8 @@ timing! {
     backoff_max "backoffMax" = Duration::from_secs(30);
     /// How long a registry is left alone after a first 429 that does not say for how long; it doubles.
     rate_pause "ratePause" = Duration::from_secs(10);
+    /// How often the files are read again that may change while the operator runs.
+    config_poll "configPoll" = Duration::from_secs(30);
     /// How long runs have to end after SIGTERM.
     shutdown "shutdown" = Duration::from_secs(20);
 }

@@ -2,6 +2,7 @@
 
 use std::{
     collections::HashMap,
+    fmt,
     sync::{Arc, Mutex, PoisonError},
 };
 
@@ -19,7 +20,7 @@ use super::{
     shared::Shared,
 };
 use crate::{
-    api::{ImageMirror, ImageMirrorStatus},
+    api::{ConditionType, ImageMirror, ImageMirrorStatus},
     config::Config,
     mirror::Account,
     oci::Digest,
@@ -64,6 +65,12 @@ pub(super) struct Identity {
 pub(super) struct Current {
     pub(super) status: ImageMirrorStatus,
     pub(super) resource_version: Option<String>,
+}
+
+impl fmt::Display for Identity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.namespace, self.name)
+    }
 }
 
 impl Context {
@@ -162,6 +169,7 @@ impl Context {
         let write = api.patch_status(&id.name, params, patch);
         let object = call("writing the status", self.config.timing.api_timeout, write).await?;
         let resource_version = object.meta().resource_version.clone();
+        log_transition(&current.status, &status);
         *current = Current { status, resource_version: resource_version.clone() };
         if let Some(resource_version) = resource_version {
             let ours = Written { resource_version, status: current.status.clone() };
@@ -181,6 +189,17 @@ impl Context {
         if let Some(last) = status.last_sync.as_ref().filter(|_| is_ready) {
             self.metrics.observe_success(&id.namespace, &id.name, last.finished());
         }
+    }
+}
+
+/// One line where the object is another for those who wait for it.
+fn log_transition(before: &ImageMirrorStatus, after: &ImageMirrorStatus) {
+    let ready = |status: &ImageMirrorStatus| {
+        status.conditions.iter().find(|condition| condition.type_ == ConditionType::Ready.as_str()).cloned()
+    };
+    let (Some(now), before) = (ready(after), ready(before)) else { return };
+    if before.is_none_or(|before| (before.status, before.reason) != (now.status.clone(), now.reason.clone())) {
+        tracing::info!(ready = now.status, reason = now.reason, note = now.message, "the object's state has changed");
     }
 }
 

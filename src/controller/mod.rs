@@ -18,6 +18,7 @@ mod lease;
 mod operator;
 mod reconcile;
 mod resolve;
+mod review;
 mod runner;
 mod shared;
 mod status;

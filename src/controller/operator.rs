@@ -1,6 +1,6 @@
 //! Puts the operator together and takes it apart: probes first, then the CRD, then the lease, then the watch.
 
-use std::{net::SocketAddr, sync::Arc};
+use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use futures::StreamExt as _;
 use kube::{
@@ -12,7 +12,11 @@ use kube::{
         reflector::{self, ObjectRef},
     },
 };
-use tokio::{net::TcpListener, sync::mpsc};
+use tokio::{
+    net::TcpListener,
+    sync::{mpsc, watch},
+    task::JoinSet,
+};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 
@@ -22,17 +26,20 @@ use super::{
     events::Events,
     lease::{KeepEnd, Lease, LeaseOptions},
     reconcile::{Guarded, after_error, reconcile},
+    review::Review,
     runner::Runner,
     watch::{Observer, changes},
 };
 use crate::{
     api::ImageMirror,
-    config::Config,
+    config::{Authentication, Config, TlsFiles},
     copy::Fence,
-    registry,
+    registry::{self, ClientOptions, Counters},
     telemetry::{
+        follow::follow,
         metrics::Metrics,
-        server::{Gates, serve},
+        server::{Exposition, Gates, serve, serve_metrics},
+        tls::{TlsError, server_config},
     },
 };
 
@@ -40,8 +47,10 @@ use crate::{
 pub struct Options {
     /// How the Kubernetes API is reached.
     pub kubernetes: KubeConfig,
-    /// Where probes and metrics are served.
+    /// Where probes are served, and metrics without TLS.
     pub listen: SocketAddr,
+    /// Where metrics are served with TLS, if the configuration says so.
+    pub metrics_listen: SocketAddr,
     /// The namespace of the lease.
     pub lease_namespace: String,
     /// The name of the lease.
@@ -56,14 +65,22 @@ pub enum OperatorError {
     /// The client for the Kubernetes API could not be set up.
     #[error("the client for the Kubernetes API could not be set up: {0}")]
     Client(#[from] kube::Error),
-    /// The address for probes and metrics could not be taken.
-    #[error("cannot listen on {address} for probes and metrics: {source}; choose another with --listen")]
+    /// An address could not be taken.
+    #[error("cannot listen on {address}: {source}; choose another with {flag}")]
     Listen {
         /// The address.
         address: SocketAddr,
+        /// What names it.
+        flag: &'static str,
         /// Why.
         source: std::io::Error,
     },
+    /// The certificate for the metrics cannot be read.
+    #[error("metrics.certFile or metrics.keyFile cannot be read: {0}")]
+    CertificateRead(std::io::Error),
+    /// The certificate for the metrics cannot be used.
+    #[error("metrics.certFile and metrics.keyFile cannot be used: {0}")]
+    Certificate(#[from] TlsError),
 }
 
 const GATE_CRD: &str = "crd";
@@ -82,14 +99,27 @@ pub async fn run(config: Config, mut options: Options, shutdown: CancellationTok
     options.kubernetes.reset_reader_on_write = true;
     let client = Client::try_from(options.kubernetes.clone())?;
     let lease_client = Client::try_from(options.kubernetes)?;
-    let (metrics, exposition) = Metrics::new();
+    let counters = Arc::new(Counters::default());
+    let (metrics, exposition) = Metrics::new(&counters);
     let metrics = Arc::new(metrics);
     let gates = Gates::new(&[GATE_CRD, GATE_LEASE]);
-    let listener = TcpListener::bind(options.listen)
-        .await
-        .map_err(|source| OperatorError::Listen { address: options.listen, source })?;
+    let mut exposition = Exposition { registry: Arc::new(exposition), reviewer: None };
+    if config.metrics.authentication == Authentication::TokenReview {
+        exposition.reviewer = Some(Arc::new(Review::new(client.clone(), config.timing.api_timeout)));
+    }
+    let listener = bind(options.listen, "--listen").await?;
     let server_stop = CancellationToken::new();
-    let server = tokio::spawn(serve(listener, gates.clone(), Arc::new(exposition), server_stop.clone()));
+    let mut servers = JoinSet::new();
+    let open = match &config.metrics.tls {
+        None => Some(exposition),
+        Some(files) => {
+            let listener = bind(options.metrics_listen, "--metrics-listen").await?;
+            let secure = secure_metrics(listener, exposition, files, config.timing.config_poll, &server_stop)?;
+            servers.spawn(secure);
+            None
+        }
+    };
+    servers.spawn(serve(listener, gates.clone(), open, server_stop.clone()));
 
     let lease_options = LeaseOptions {
         namespace: options.lease_namespace,
@@ -100,7 +130,7 @@ pub async fn run(config: Config, mut options: Options, shutdown: CancellationTok
         api_timeout: config.timing.api_timeout,
     };
     let (mut lease, held_until) = Lease::new(lease_client, lease_options, gates.clone());
-    let registry = registry::Client::new(config.client_options());
+    let registry = registry::Client::new(ClientOptions { counters: Some(counters), ..config.client_options() });
     // Waited for at the start, and again once a leader has lost both.
     while (gates.is_open(GATE_CRD) || wait_for_crd(&client, &config, &gates, &shutdown).await)
         && lease.acquire(&shutdown).await
@@ -121,8 +151,41 @@ pub async fn run(config: Config, mut options: Options, shutdown: CancellationTok
         }
     }
     server_stop.cancel();
-    let _ = server.await;
+    while servers.join_next().await.is_some() {}
     Ok(())
+}
+
+async fn bind(address: SocketAddr, flag: &'static str) -> Result<TcpListener, OperatorError> {
+    TcpListener::bind(address).await.map_err(|source| OperatorError::Listen { address, flag, source })
+}
+
+/// Serves metrics with the certificate that is in the files, also when that changes.
+fn secure_metrics(
+    listener: TcpListener,
+    exposition: Exposition,
+    files: &TlsFiles,
+    every: Duration,
+    stop: &CancellationToken,
+) -> Result<impl Future<Output = std::io::Result<()>> + use<>, OperatorError> {
+    let read = |path: &PathBuf| std::fs::read(path).map_err(OperatorError::CertificateRead);
+    let config = server_config(&read(&files.cert)?, &read(&files.key)?)?;
+    let (newest, config) = watch::channel(config);
+    let followed = follow([files.cert.clone(), files.key.clone()], every, move |[cert, key]| {
+        match server_config(&cert, &key) {
+            Ok(config) => {
+                newest.send_replace(config);
+            }
+            // The two are replaced one after the other, where they are not mounted from a Secret.
+            Err(error) => tracing::warn!(%error, "the certificate of the metrics stays as it was"),
+        }
+    });
+    let served = serve_metrics(listener, exposition, config, stop.clone());
+    Ok(async move {
+        tokio::select! {
+            result = served => result,
+            never = followed => match never {},
+        }
+    })
 }
 
 /// Reconciles for as long as the lease is ours.

@@ -9,6 +9,7 @@ use kube::{
     core::{DeserializeGuard, ObjectMeta, error_boundary::InvalidObject},
     runtime::controller::Action as Requeue,
 };
+use tracing::Instrument as _;
 
 use super::{
     context::{Context, Current, Identity},
@@ -19,7 +20,7 @@ use super::{
     error::Error,
     events::Summary,
     resolve::{Glance, glance, resolve},
-    runner::{Completes, Ended, Job, Reread, View},
+    runner::{Completes, Ended, Job, Reread, View, run_span},
     status,
 };
 use crate::{
@@ -35,7 +36,12 @@ pub(super) type Guarded = DeserializeGuard<ImageMirror>;
 
 /// Looks at an object, does the next thing, and says when to look again.
 pub(super) async fn reconcile(object: Arc<Guarded>, context: Arc<Context>) -> Result<Requeue, Error> {
-    caught(look(object, context)).await
+    caught(async {
+        let id = identity(object.meta())?;
+        let span = tracing::error_span!("reconcile", object = %id);
+        look(id, &object, &context).instrument(span).await
+    })
+    .await
 }
 
 /// A fault of ours at one object ends neither the controller nor the reconciles of others.
@@ -43,14 +49,13 @@ async fn caught<T>(reconcile: impl Future<Output = Result<T, Error>>) -> Result<
     AssertUnwindSafe(reconcile).catch_unwind().await.unwrap_or(Err(Error::Panicked))
 }
 
-async fn look(object: Arc<Guarded>, context: Arc<Context>) -> Result<Requeue, Error> {
-    let id = identity(object.meta())?;
+async fn look(id: Identity, object: &Arc<Guarded>, context: &Arc<Context>) -> Result<Requeue, Error> {
     if !context.config.watches(&id.namespace) {
         return Ok(Requeue::await_change());
     }
     let mirror = match &object.0 {
         Ok(mirror) => mirror,
-        Err(invalid) => return unreadable(&id, invalid, &context).await,
+        Err(invalid) => return unreadable(&id, invalid, context).await,
     };
     let mut current = context.current(&id, mirror);
     let now = Timestamp::now();
@@ -67,10 +72,11 @@ async fn look(object: Arc<Guarded>, context: Arc<Context>) -> Result<Requeue, Er
     // The run before its outcome: one that ends in between is then seen as going on, and wakes the object again.
     let view = context.runner.view(&id.uid);
     if let Some(ended) = context.runner.ended(&id.uid) {
-        report(&id, &validated, &mut current, &ended, &context).await?;
+        let span = run_span(&id, ended.number);
+        report(&id, &validated, &mut current, &ended, context).instrument(span).await?;
     }
     context.observe(&id, &current.status);
-    let glance = look_at_secrets(&id, &validated, &current.status, now, &context).await?;
+    let glance = look_at_secrets(&id, &validated, &current.status, now, context).await?;
     let last = context.runner.last(&id.uid);
     let is_change = |glance: &Glance| last.as_ref().is_none_or(|last| last.fingerprint != glance.fingerprint);
     let times = last.as_ref().filter(|last| last.spec_hash == validated.spec_hash).map(|last| last.times);
@@ -88,7 +94,7 @@ async fn look(object: Arc<Guarded>, context: Arc<Context>) -> Result<Requeue, Er
     let timing = &context.config.timing;
     match decide(&validated, &current.status, run, &known, timing, now) {
         Decision::Start(scope) => {
-            start(&id, &validated, &mut current, scope, &context).await?;
+            start(&id, &validated, &mut current, scope, context).await?;
             Ok(Requeue::requeue(timing.progress_first))
         }
         Decision::Cancel => {
@@ -122,19 +128,19 @@ async fn look(object: Arc<Guarded>, context: Arc<Context>) -> Result<Requeue, Er
 #[allow(clippy::needless_pass_by_value, reason = "the form that the controller calls")]
 pub(super) fn after_error(object: Arc<Guarded>, error: &Error, context: Arc<Context>) -> Requeue {
     context.metrics.reconcile_error(error.reason().as_str());
-    let name = object.name_any();
+    let object = format!("{}/{}", object.namespace().unwrap_or_default(), object.name_any());
     let timing = &context.config.timing;
     if error.is_not_found() {
         // Gone: the watch says so soon, and nobody looks again. Or the API server has lost the kind for a moment, and
         // what is left to be written must not be forgotten.
-        tracing::debug!(%name, %error, "the object is not there");
+        tracing::debug!(object, %error, "the object is not there");
         return Requeue::requeue(timing.secret_retry);
     }
     if error.is_conflict() {
-        tracing::debug!(%name, "somebody else wrote the object: looking again");
+        tracing::debug!(object, "somebody else wrote the object: looking again");
         return Requeue::requeue(Duration::from_millis(200));
     }
-    tracing::warn!(%name, namespace = object.namespace().unwrap_or_default(), %error, "a reconcile failed");
+    tracing::warn!(object, %error, "a reconcile failed");
     match error {
         Error::Panicked => Requeue::requeue(timing.retry_transient_min),
         _ => Requeue::requeue(error.retry_after().unwrap_or_default().max(timing.secret_retry)),
@@ -182,11 +188,14 @@ async fn report(
         let report = &ended.report;
         let failed = report.failed().count();
         let seconds = elapsed(report.started_at, report.finished_at);
-        tracing::info!(
-            namespace = %id.namespace, name = %id.name, images = report.images.len(), failed,
-            bytes_copied = report.totals.bytes_copied, seconds = seconds.as_secs_f64(), "run ended"
+        tracing::debug!(
+            images = report.images.len(),
+            failed,
+            bytes_copied = report.totals.bytes_copied,
+            seconds = seconds.as_secs_f64(),
+            "run ended"
         );
-        context.metrics.observe_sync(seconds, report.totals.bytes_copied);
+        context.metrics.observe_sync(seconds);
         for summary in summaries(&before, &current.status, ended) {
             context.events.publish(id, summary).await;
         }

@@ -126,6 +126,7 @@ fn is_any_due(due: &BTreeSet<String>, repository: &str) -> bool {
 
 /// A run that has ended by itself.
 pub(super) struct Ended {
+    pub(super) number: u64,
     pub(super) spec_hash: String,
     pub(super) generation: i64,
     pub(super) token: Option<String>,
@@ -154,6 +155,11 @@ pub(super) struct View {
     pub(super) cancelled: bool,
     pub(super) since: Duration,
     pub(super) progress: ProgressSnapshot,
+}
+
+/// What every line of a run's log carries, whatever the level.
+pub(super) fn run_span(id: &Identity, number: u64) -> tracing::Span {
+    tracing::error_span!("run", object = %id, run = %format_args!("{number:016x}"))
 }
 
 impl Runner {
@@ -204,13 +210,11 @@ impl Runner {
             });
         }
         let this = self.clone();
-        let span = tracing::info_span!(
-            "run", namespace = %job.id.namespace, name = %job.id.name, id = %format_args!("{number:016x}")
-        );
+        let span = run_span(&job.id, number);
         let task = async move {
             let object = ObjectRef::new(&job.id.name).within(&job.id.namespace);
             let uid = job.id.uid.clone();
-            let ended = this.run(job, progress, &cancel).await;
+            let ended = this.run(job, number, progress, &cancel).await;
             this.finish(&uid, number, ended);
             // The receiver is gone only when the operator stops.
             let _ = this.inner.wake.send(object).await;
@@ -218,7 +222,13 @@ impl Runner {
         self.inner.tasks.spawn(task.instrument(span));
     }
 
-    async fn run(&self, mut job: Job, progress: Arc<Progress>, cancel: &CancellationToken) -> Option<Ended> {
+    async fn run(
+        &self,
+        mut job: Job,
+        number: u64,
+        progress: Arc<Progress>,
+        cancel: &CancellationToken,
+    ) -> Option<Ended> {
         self.inner.metrics.add_queued(1);
         let turn = cancel.run_until_cancelled(self.inner.turns.take(&job.id.namespace)).await;
         self.inner.metrics.add_queued(-1);
@@ -248,7 +258,7 @@ impl Runner {
             }
         };
         let Job { spec_hash, generation, token, prepared: Prepared { problems, fingerprint, .. }, .. } = job;
-        Some(Ended { spec_hash, generation, token, report, problems, fingerprint, times })
+        Some(Ended { number, spec_hash, generation, token, report, problems, fingerprint, times })
     }
 
     /// Brings the images in step; those that a registry refused once more, if their credentials have been replaced.

@@ -244,7 +244,7 @@ async fn source_tags(run: &Run, source: &Source) -> Arc<SourceTags> {
             // Not every registry lets everybody list. Then each digest is asked for.
             other => {
                 if let Err(error) = other {
-                    tracing::debug!(%error, "the tags of the source cannot be listed");
+                    tracing::debug!(host = %error.host, %error, "the tags of the source cannot be listed");
                 }
                 SourceTags::Unknown
             }

@@ -27,5 +27,6 @@ pub(super) async fn transfer(
         PutError::Target(error) => CopyError::target(error),
     })?;
     run.count(stored, size);
+    target.count(source, stored, size);
     Ok(())
 }

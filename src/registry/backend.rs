@@ -12,7 +12,7 @@ use super::{
     repository::Repository,
     upload::PutError,
 };
-use crate::oci::{Descriptor, Digest, RawDescriptor, RawManifest, Tag};
+use crate::oci::{Descriptor, Digest, Host, RawDescriptor, RawManifest, Tag};
 
 /// A repository that is read.
 #[derive(Clone)]
@@ -39,6 +39,15 @@ impl Source {
         match self {
             Self::Registry(repository) => repository.place_name(),
             Self::Layout(repository) => repository.place_name(),
+        }
+    }
+
+    /// The host as images name it.
+    #[must_use]
+    pub fn host(&self) -> &Host {
+        match self {
+            Self::Registry(repository) => repository.host(),
+            Self::Layout(repository) => repository.host(),
         }
     }
 
@@ -96,6 +105,15 @@ impl Source {
 }
 
 impl Target {
+    /// Counts a blob of so many bytes that came from this source, where anybody counts.
+    pub(crate) fn count(&self, source: &Source, stored: Stored, bytes: u64) {
+        if let Self::Registry(target) = self
+            && let Some(counters) = target.client().counters()
+        {
+            counters.count_blob(source.host().as_str(), target.host().as_str(), stored, bytes);
+        }
+    }
+
     /// `host/name`, for messages.
     #[must_use]
     pub fn place(&self) -> String {

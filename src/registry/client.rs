@@ -9,6 +9,7 @@ use std::{
 use tokio::sync::{Semaphore, SemaphorePermit};
 
 use super::{
+    counters::Counters,
     known::Known,
     limits::HostLimits,
     memory::Memory,
@@ -111,6 +112,8 @@ pub struct ClientOptions {
     pub hosts: HashMap<Host, HostOptions>,
     /// The bytes of manifests and lists in memory at one time; `None` is [`Memory::DEFAULT`].
     pub memory: Option<u32>,
+    /// Where it is counted what the client does.
+    pub counters: Option<Arc<Counters>>,
 }
 
 /// The registry client of the process. Cheap to clone.
@@ -169,6 +172,10 @@ impl Client {
         self.inner.pools.get(transport, credentials, self.timing(), &self.inner.networks)
     }
 
+    pub(super) fn counters(&self) -> Option<&Counters> {
+        self.inner.options.counters.as_deref()
+    }
+
     pub(super) fn networks(&self) -> &Networks {
         &self.inner.networks
     }
@@ -200,7 +207,8 @@ impl Client {
         Arc::clone(limits.entry(host.to_owned()).or_insert_with(|| {
             let options = host.parse::<Host>().ok().and_then(|host| self.inner.options.hosts.get(&host).cloned());
             let options = options.unwrap_or_default();
-            Arc::new(HostLimits::new(options.requests, options.streams, options.per_second))
+            let counters = self.counters().map(|counters| counters.host(host));
+            Arc::new(HostLimits::new(options.requests, options.streams, options.per_second).counted(counters))
         }))
     }
 

@@ -12,6 +12,7 @@ use crate::oci::Digest;
 
 const CONTENT_DIGEST: HeaderName = HeaderName::from_static("docker-content-digest");
 const SUBJECT: HeaderName = HeaderName::from_static("oci-subject");
+const RATE_LIMIT_REMAINING: HeaderName = HeaderName::from_static("ratelimit-remaining");
 const CHUNK_MIN_LENGTH: HeaderName = HeaderName::from_static("oci-chunk-min-length");
 
 fn text(headers: &HeaderMap, name: HeaderName) -> Option<&str> {
@@ -66,6 +67,13 @@ pub fn retry_after(headers: &HeaderMap, now: jiff::Timestamp) -> Option<Duration
     }
     let at = jiff::fmt::rfc2822::parse(text).ok()?.timestamp();
     Some(at.duration_since(now).try_into().unwrap_or(Duration::ZERO))
+}
+
+/// `RateLimit-Remaining: 76;w=21600`, where the number is what is left of a quota in a window of so many seconds
+/// (draft-ietf-httpapi-ratelimit-headers, as Docker Hub writes it).
+#[must_use]
+pub fn quota_left(headers: &HeaderMap) -> Option<u64> {
+    number(text(headers, RATE_LIMIT_REMAINING)?.split(';').next()?.trim_end())
 }
 
 /// The page after the one at `page`, by `Link: <url>; rel="next"` (RFC 8288). An error holds the host of a page that is
@@ -166,6 +174,15 @@ mod tests {
         assert_eq!(read("Thu, 01 Jan 2026 00:01:00 GMT"), Some(Duration::from_mins(1)));
         assert_eq!(read("Wed, 21 Oct 2015 07:28:00 GMT"), Some(Duration::ZERO));
         for bad in ["soon", "-1", "1.5", ""] {
+            assert_eq!(read(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn what_is_left_of_a_quota_is_read_with_and_without_its_window() {
+        let read = |value: &str| quota_left(&headers(RATE_LIMIT_REMAINING, value));
+        assert_eq!((read("76;w=21600"), read("0 ; w=1"), read("7")), (Some(76), Some(0), Some(7)));
+        for bad in ["", ";w=21600", "-1", "many", "+1"] {
             assert_eq!(read(bad), None, "{bad}");
         }
     }

@@ -10,11 +10,13 @@ use std::{
     time::Duration,
 };
 
+use http::Method;
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore},
     time::{Instant, sleep_until},
 };
 
+use super::counters::{HostCounters, Sent};
 use crate::oci::Digest;
 
 /// The credential that a request is sent with, by its fingerprint; anonymous is one too.
@@ -26,6 +28,7 @@ pub(crate) struct HostLimits {
     streams: Arc<Semaphore>,
     rate: Option<Duration>,
     state: Mutex<State>,
+    counters: Option<Arc<HostCounters>>,
 }
 
 struct State {
@@ -108,7 +111,13 @@ impl HostLimits {
             streams: Arc::new(Semaphore::new(streams.max(1))),
             rate: per_second.map(|rate| Duration::from_secs(1) / rate.max(1)),
             state: Mutex::new(state),
+            counters: None,
         }
+    }
+
+    /// With a place where it is counted what is asked of the host.
+    pub(crate) fn counted(self, counters: Option<Arc<HostCounters>>) -> Self {
+        Self { counters, ..self }
     }
 
     /// Waits until the host may be asked with this credential, then for a place among the requests in flight. Gate
@@ -116,6 +125,7 @@ impl HostLimits {
     ///
     /// A host that is closed for longer than `patience`, or than a minute, is not waited for.
     pub(super) async fn request(self: &Arc<Self>, identity: &Identity, patience: Duration) -> Result<Permit, Shut> {
+        let mut wait = Wait { counters: self.counters.as_deref(), since: None };
         loop {
             while let Some(until) = self.closed_until(identity) {
                 let pause = until.saturating_duration_since(Instant::now());
@@ -125,12 +135,20 @@ impl HostLimits {
                 if pause > patience {
                     return Err(Shut::ForNow(pause));
                 }
+                wait.begins();
                 sleep_until(until).await;
             }
             if let Some(turn) = self.next_turn() {
+                wait.begins();
                 sleep_until(turn).await;
             }
-            let inner = Arc::clone(&self.requests).acquire_owned().await.ok();
+            let inner = match Arc::clone(&self.requests).try_acquire_owned() {
+                Ok(permit) => Some(permit),
+                Err(_) => {
+                    wait.begins();
+                    Arc::clone(&self.requests).acquire_owned().await.ok()
+                }
+            };
             if self.closed_until(identity).is_none() {
                 let epoch = self.state().epoch;
                 return Ok(Permit { limits: Arc::clone(self), inner, identity: identity.clone(), epoch });
@@ -169,6 +187,26 @@ impl HostLimits {
 
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The time that a request waits for its turn, also if it is given up meanwhile.
+struct Wait<'a> {
+    counters: Option<&'a HostCounters>,
+    since: Option<Instant>,
+}
+
+impl Wait<'_> {
+    fn begins(&mut self) {
+        self.since.get_or_insert_with(Instant::now);
+    }
+}
+
+impl Drop for Wait<'_> {
+    fn drop(&mut self) {
+        if let (Some(counters), Some(since)) = (self.counters, self.since) {
+            counters.count_wait(since.elapsed());
+        }
     }
 }
 
@@ -211,6 +249,19 @@ impl State {
 }
 
 impl Permit {
+    /// The request goes out.
+    pub(super) fn sent(&self, method: &Method) -> Sent {
+        Sent::new(self.limits.counters.as_ref(), method)
+    }
+
+    /// What the host says is left of a quota. It is shown and no more: who is to go slower before nothing is left
+    /// belongs here.
+    pub(super) fn quota_left(&self, left: u64) {
+        if let Some(counters) = &self.limits.counters {
+            counters.set_quota(left);
+        }
+    }
+
     /// Takes in what the answer to this request says. `first_pause` is how long a first refusal without a word of how
     /// long closes the host; later ones double it.
     pub(super) fn answered(&self, verdict: Verdict, first_pause: Duration) {

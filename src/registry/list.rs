@@ -119,7 +119,7 @@ impl Repository {
         (list.is_complete, list.room) = (is_complete, room.map(Arc::new));
         if list.malformed > 0 {
             let repository = self.place_name();
-            tracing::warn!(repository, count = list.malformed, "tags that break the grammar of tags are left out");
+            tracing::warn!(host = %self.host(), repository, count = list.malformed, "tags that break the grammar of tags are left out");
         }
         Ok(list)
     }
@@ -151,7 +151,7 @@ impl Repository {
             // Registries without the API answer what they answer for any path they do not know. Another answer of this
             // kind may have come first.
             Err(error) if is_no_api(&error) && known.referrers_api() != Some(true) => {
-                tracing::debug!(%error, "there is no referrers API here");
+                tracing::debug!(host = %error.host, %error, "there is no referrers API here");
                 known.learn_referrers_api(false);
                 return Ok(None);
             }

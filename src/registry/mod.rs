@@ -11,6 +11,7 @@
 mod backend;
 mod body;
 mod client;
+mod counters;
 mod error;
 pub mod header;
 mod known;
@@ -34,6 +35,7 @@ mod upload;
 pub use backend::{BlobOpener, Source, Target};
 pub use body::{BlobStream, Meter};
 pub use client::{Client, ClientOptions, HostOptions, Timing};
+pub use counters::{Code, Counters, HostCounters};
 pub use error::{CertificateProblem, Error, ErrorKind, Side, Step};
 pub use layout::{Layout, LayoutError, LayoutRepository};
 pub use list::{MAX_PAGES, TagList};

@@ -82,7 +82,7 @@ impl Pull {
         if self.breaks.max(self.pace.slow_windows()) > MAX_BREAKS || !error.is_retryable() {
             return Err(error);
         }
-        tracing::debug!(%error, offset = self.offset, "continuing a download");
+        tracing::debug!(host = %error.host, %error, offset = self.offset, "continuing a download");
         if self.breaks > 1 {
             self.source.back_off(self.breaks - 1).await;
         }

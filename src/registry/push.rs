@@ -117,7 +117,7 @@ impl Push<'_> {
                 return Ok(Stored::Copied);
             }
             if let Some(stored) = self.stored(&upload, &error, from).await {
-                tracing::debug!(error = %error.inner(), %digest, stored, "continuing an upload");
+                tracing::debug!(host = %error.inner().host, error = %error.inner(), %digest, stored, "continuing an upload");
                 session.finish();
                 broken = Some((upload, stored));
                 continue;
@@ -130,7 +130,7 @@ impl Push<'_> {
             } else if sessions == MAX_SESSIONS || !(corrupt_once || is_worth_another_session(&error)) {
                 return Err(error);
             }
-            tracing::debug!(error = %error.inner(), %digest, "sending a blob again");
+            tracing::debug!(host = %error.inner().host, error = %error.inner(), %digest, "sending a blob again");
             upload.cancel().await;
             session.finish();
             self.target.back_off(sessions).await;

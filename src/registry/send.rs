@@ -140,7 +140,7 @@ impl Repository {
             if retries == MAX_RETRIES || !error.is_retryable() {
                 return Err(error);
             }
-            tracing::debug!(%error, retries, "repeating a request");
+            tracing::debug!(host = %error.host, %error, retries, "repeating a request");
             // A connection that was kept may have been closed just then: that says nothing of the registry.
             if retries > 0 || error.kind != ErrorKind::Interrupted {
                 self.back_off(retries).await;
@@ -270,12 +270,13 @@ impl Repository {
         let timing = self.client().timing();
         let patience = if request.body.is_empty() { timing.head } else { timing.answer };
         let sent = Instant::now();
-        let answer = timeout(patience, self.http().execute(built)).await;
-        let inner = match answer {
-            Err(_) => return Err(Error::new(ErrorKind::TimedOut, request.step, &host, &request.subject)),
-            Ok(Err(error)) => return Err(transport_error(error, request.step, &host, &request.subject)),
-            Ok(Ok(inner)) => inner,
+        let counted = permit.sent(&request.method);
+        let answer = match timeout(patience, self.http().execute(built)).await {
+            Err(_) => Err(Error::new(ErrorKind::TimedOut, request.step, &host, &request.subject)),
+            Ok(answer) => answer.map_err(|error| transport_error(error, request.step, &host, &request.subject)),
         };
+        counted.came_to(&answer);
+        let inner = answer?;
         self.note_answer(&inner, &permit);
         Ok(Response { inner, permit, waited: sent.elapsed() })
     }
@@ -301,6 +302,9 @@ impl Repository {
             _ => Verdict::Fine,
         };
         permit.answered(verdict, self.client().timing().rate_pause);
+        if let Some(left) = header::quota_left(response.headers()) {
+            permit.quota_left(left);
+        }
     }
 
     /// What to send with a request, by what the host is known to ask for.
@@ -601,6 +605,13 @@ fn cause<'a, T: std::error::Error + 'static>(error: &'a (dyn std::error::Error +
     None
 }
 
+/// The second after such a pause from now.
+fn after(pause: Duration) -> Timestamp {
+    let now = Timestamp::now().round(Unit::Second).unwrap_or_default();
+    let pause = SignedDuration::from_secs(i64::try_from(pause.as_secs()).unwrap_or(i64::MAX).saturating_add(1));
+    now.checked_add(pause).unwrap_or(Timestamp::MAX)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -610,11 +621,4 @@ mod tests {
         assert_eq!(host_of(&Url::parse("https://a.example/v2/").unwrap()), "a.example");
         assert_eq!(host_of(&Url::parse("http://[::1]:5000/v2/").unwrap()), "[::1]:5000");
     }
-}
-
-/// The second after such a pause from now.
-fn after(pause: Duration) -> Timestamp {
-    let now = Timestamp::now().round(Unit::Second).unwrap_or_default();
-    let pause = SignedDuration::from_secs(i64::try_from(pause.as_secs()).unwrap_or(i64::MAX).saturating_add(1));
-    now.checked_add(pause).unwrap_or(Timestamp::MAX)
 }

@@ -123,7 +123,7 @@ impl Repository {
             request.scope = Some(Scope::Mount(self.name().clone(), from.clone()));
             match self.start(&request, digest, true).await {
                 Err(error) if is_refused_mount(&error) => {
-                    tracing::debug!(%error, "mounts are not tried again at this registry");
+                    tracing::debug!(host = %error.host, %error, "mounts are not tried again at this registry");
                     known.mounts_refused();
                 }
                 result => return result,
@@ -135,7 +135,7 @@ impl Repository {
             request.scope = Some(self.scope().clone());
             match self.start(&request, digest, false).await {
                 Err(error) if is_refused_mount(&error) => {
-                    tracing::debug!(%error, "an upload is opened without the attempt to mount");
+                    tracing::debug!(host = %error.host, %error, "an upload is opened without the attempt to mount");
                     let request = self.upload_request(digest, None)?;
                     let started = self.start(&request, digest, false).await?;
                     known.self_mounts_useless();
@@ -265,11 +265,15 @@ impl Upload {
         }
         *built.body_mut() = Some(reqwest::Body::wrap(body));
         state.begin();
+        let counted = permit.sent(&request.method);
         let answer = tokio::select! {
-            answer = repository.http().execute(built) => answer,
-            stalled = self.stalled(state) => return Err(Error::new(stalled, request.step, &host, &request.subject)),
+            answer = repository.http().execute(built) => {
+                answer.map_err(|error| transport_error(error, request.step, &host, &request.subject))
+            }
+            stalled = self.stalled(state) => Err(Error::new(stalled, request.step, &host, &request.subject)),
         };
-        let inner = answer.map_err(|error| transport_error(error, request.step, &host, &request.subject))?;
+        counted.came_to(&answer);
+        let inner = answer?;
         repository.note_answer(&inner, &permit);
         let response = Response { inner, permit, waited: Duration::ZERO };
         if !response.inner.status().is_success() {
@@ -338,7 +342,7 @@ impl Upload {
                 result => result,
             };
             if let Err(error) = result {
-                tracing::debug!(%error, "an upload session was left to expire");
+                tracing::debug!(host = %error.host, %error, "an upload session was left to expire");
             }
         };
         let _ = timeout(self.repository.client().timing().cancel, cancel).await;

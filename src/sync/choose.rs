@@ -136,7 +136,7 @@ async fn read_list(
         .map_err(|error| fail(CopyError::source(error)))?;
     let list = source.tags(MAX_PAGES).await.map_err(|error| fail(CopyError::source(error)))?;
     if list.malformed > 0 {
-        tracing::warn!(source = %source.place(), tags = list.malformed, "tags that break the grammar were left out");
+        tracing::warn!(%host, source = %source.place(), tags = list.malformed, "tags that break the grammar were left out");
     }
     if !list.is_complete {
         let what = format!("the list of tags of {} has more than {MAX_PAGES} pages", source.place());

@@ -152,7 +152,7 @@ impl TargetHandle {
             Ok(list) => list.is_complete.then(|| list.tags.into_iter().collect()),
             Err(error) if error.is_not_found() => Some(HashSet::new()),
             Err(error) => {
-                tracing::debug!(%error, "the tags of the target cannot be listed: each is asked for");
+                tracing::debug!(host = %error.host, %error, "the tags of the target cannot be listed: each is asked for");
                 None
             }
         }

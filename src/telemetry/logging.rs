@@ -6,7 +6,13 @@
 use std::io::{self, IsTerminal as _};
 
 use serde::Deserialize;
-use tracing_subscriber::{EnvFilter, filter::LevelFilter};
+use tracing_subscriber::{
+    EnvFilter, Layer, Registry,
+    filter::LevelFilter,
+    layer::{Layered, SubscriberExt as _},
+    reload,
+    util::SubscriberInitExt as _,
+};
 
 /// How log lines are written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, clap::ValueEnum)]
@@ -30,14 +36,30 @@ pub enum LoggingError {
     Init(Box<dyn std::error::Error + Send + Sync>),
 }
 
+/// Who else is told of what happens, beside the log.
+pub type Further = Option<Box<dyn Layer<Registry> + Send + Sync>>;
+
 /// Sends log lines to standard error from now on. Works once in a process.
-pub fn init(format: Format, level: &str) -> Result<(), LoggingError> {
-    let builder = tracing_subscriber::fmt().with_env_filter(filter(level)?).with_writer(io::stderr);
-    match format {
-        Format::Text => builder.with_ansi(io::stderr().is_terminal()).try_init(),
-        Format::Json => builder.json().flatten_event(true).with_current_span(false).try_init(),
+pub fn init(format: Format, level: &str, further: Further) -> Result<Level, LoggingError> {
+    let (filter, handle) = reload::Layer::new(filter(level)?);
+    let lines = tracing_subscriber::fmt::layer().with_writer(io::stderr);
+    let lines = match format {
+        Format::Text => lines.with_ansi(io::stderr().is_terminal()).boxed(),
+        Format::Json => lines.json().flatten_event(true).with_current_span(false).boxed(),
+    };
+    let subscriber = tracing_subscriber::registry().with(further).with(filter).with(lines);
+    subscriber.try_init().map_err(|error| LoggingError::Init(error.into()))?;
+    Ok(Level(handle))
+}
+
+/// What is logged, which can be changed while the process runs.
+pub struct Level(reload::Handle<EnvFilter, Layered<Further, Registry>>);
+
+impl Level {
+    /// Logs this level, or by this filter, from now on.
+    pub fn set(&self, level: &str) -> Result<(), LoggingError> {
+        self.0.reload(filter(level)?).map_err(|error| LoggingError::Init(error.into()))
     }
-    .map_err(LoggingError::Init)
 }
 
 /// The filter of a bare level, or of a whole filter.

@@ -1,15 +1,27 @@
-//! Metrics in the OpenMetrics format. Labels are bounded: namespaces and names of objects, never of images.
+//! Metrics in the OpenMetrics format; `docs/operations.md` has them all. Labels are bounded: namespaces and names of
+//! objects and so many hosts, never anything of images.
 
-use std::{sync::atomic::AtomicU64, time::Duration};
+use std::{
+    fmt,
+    sync::{Arc, atomic::AtomicU64},
+    time::Duration,
+};
 
 use jiff::Timestamp;
 use prometheus_client::{
-    encoding::EncodeLabelSet,
-    metrics::{counter::Counter, family::Family, gauge::Gauge, histogram::Histogram, info::Info},
+    collector::Collector,
+    encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric},
+    metrics::{
+        counter::{ConstCounter, Counter},
+        family::Family,
+        gauge::{ConstGauge, Gauge},
+        histogram::Histogram,
+        info::Info,
+    },
     registry::Registry,
 };
 
-use crate::api::v1alpha1::Summary;
+use crate::{api::v1alpha1::Summary, registry::Counters};
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Object {
@@ -43,7 +55,6 @@ pub struct Metrics {
     condition: Family<ConditionOf, Gauge>,
     sync_duration: Histogram,
     last_success: Family<Object, Gauge<f64, AtomicU64>>,
-    copied_bytes: Counter,
     queue_depth: Gauge,
     reconcile_errors: Family<ByReason, Counter>,
     leader: Gauge,
@@ -55,9 +66,9 @@ const STATUSES: [&str; 3] = ["True", "False", "Unknown"];
 const STATES: [&str; 4] = ["synced", "pending", "failed", "skipped"];
 
 impl Metrics {
-    /// The metrics, and the registry to serve them from.
+    /// The metrics, and the registry to serve them from. `counters` are those of the client for registries.
     #[must_use]
-    pub fn new() -> (Self, Registry) {
+    pub fn new(counters: &Arc<Counters>) -> (Self, Registry) {
         // From a no-op of few images to many large ones.
         let buckets = [0.1, 0.5, 1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 3600.0, 21600.0];
         let metrics = Self {
@@ -65,7 +76,6 @@ impl Metrics {
             condition: Family::default(),
             sync_duration: Histogram::new(buckets),
             last_success: Family::default(),
-            copied_bytes: Counter::default(),
             queue_depth: Gauge::default(),
             reconcile_errors: Family::default(),
             leader: Gauge::default(),
@@ -83,11 +93,11 @@ impl Metrics {
             "When the last run without a failure ended, in seconds since 1970",
             metrics.last_success.clone(),
         );
-        registry.register("copied_bytes", "Bytes of blobs sent to targets", metrics.copied_bytes.clone());
         registry.register("queue_depth", "Runs that wait for their turn", metrics.queue_depth.clone());
         registry.register("reconcile_errors", "Reconciles that failed, by reason", metrics.reconcile_errors.clone());
         registry.register("leader", "Whether this replica is the leader", metrics.leader.clone());
         registry.register("build", "The running version", Info::new([("version", env!("CARGO_PKG_VERSION"))]));
+        registry.register_collector(Box::new(OfRegistries(Arc::clone(counters))));
         (metrics, registry)
     }
 
@@ -113,9 +123,8 @@ impl Metrics {
     }
 
     /// A run has ended.
-    pub fn observe_sync(&self, duration: Duration, bytes_copied: u64) {
+    pub fn observe_sync(&self, duration: Duration) {
         self.sync_duration.observe(duration.as_secs_f64());
-        self.copied_bytes.inc_by(bytes_copied);
     }
 
     /// The last run of an object ended without a failure.
@@ -162,6 +171,61 @@ impl Metrics {
     }
 }
 
+/// What the client for registries has counted. It outlives leadership.
+#[derive(Debug)]
+struct OfRegistries(Arc<Counters>);
+
+impl Collector for OfRegistries {
+    fn encode(&self, mut encoder: DescriptorEncoder) -> fmt::Result {
+        let hosts = self.0.hosts();
+        let copied = self.0.copied().into_iter();
+        let copied = copied
+            .map(|((source, target), bytes)| (vec![("source_host", source), ("target_host", target)], counter(bytes)));
+        family(&mut encoder, "copied_bytes", "Bytes of blobs sent to targets", copied)?;
+        let blobs = self.0.blobs().into_iter();
+        let blobs = blobs.map(|(result, blobs)| (vec![("result", result.to_owned())], counter(blobs)));
+        family(&mut encoder, "blobs", "Blobs by how they came to targets", blobs)?;
+        let requests = hosts.iter().flat_map(|(host, of_host)| {
+            of_host.requests().into_iter().map(|((method, code), count)| {
+                let method = ("method", method.to_owned());
+                (vec![("host", host.clone()), method, ("code", code.to_string())], counter(count))
+            })
+        });
+        family(&mut encoder, "registry_requests", "Requests to registries and their token servers", requests)?;
+        let throttled = hosts.iter().map(|(host, of_host)| {
+            (vec![("host", host.clone())], ConstCounter::new(of_host.throttled().as_secs_f64()))
+        });
+        let help =
+            "Time that requests have waited for hosts that want to be left alone, and for a place in their limits";
+        family(&mut encoder, "registry_throttled_seconds", help, throttled)?;
+        let quotas = hosts.iter().filter_map(|(host, of_host)| {
+            let left = i64::try_from(of_host.quota()?).unwrap_or(i64::MAX);
+            Some((vec![("host", host.clone())], ConstGauge::new(left)))
+        });
+        family(&mut encoder, "rate_limit_remaining", "Requests that a host said are left of its quota", quotas)
+    }
+}
+
+fn counter(value: u64) -> ConstCounter<u64> {
+    ConstCounter::new(value)
+}
+
+type Labels = Vec<(&'static str, String)>;
+
+/// Writes a metric with its series. One without series keeps its name and help.
+fn family<M: EncodeMetric + Default>(
+    encoder: &mut DescriptorEncoder,
+    name: &str,
+    help: &str,
+    series: impl Iterator<Item = (Labels, M)>,
+) -> fmt::Result {
+    let mut encoder = encoder.encode_descriptor(name, help, None, M::default().metric_type())?;
+    for (labels, metric) in series {
+        metric.encode(encoder.encode_family(&labels)?)?;
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -174,17 +238,17 @@ mod tests {
 
     #[test]
     fn an_object_is_seen_and_forgotten() {
-        let (metrics, registry) = Metrics::new();
+        let (metrics, registry) = Metrics::new(&Arc::default());
         let summary = Summary { total: 3, synced: 2, pending: 0, failed: 1, skipped: 0 };
         metrics.observe_status("n", "a", &summary, &[("Ready", "False")]);
-        metrics.observe_sync(Duration::from_secs(1), 7);
+        metrics.observe_sync(Duration::from_secs(1));
         metrics.observe_success("n", "a", Timestamp::UNIX_EPOCH);
         let seen = text(&registry);
         for line in [
             r#"imagemirror_images{namespace="n",name="a",state="failed"} 1"#,
             r#"imagemirror_condition{namespace="n",name="a",type="Ready",status="False"} 1"#,
             r#"imagemirror_condition{namespace="n",name="a",type="Ready",status="True"} 0"#,
-            "imagemirror_copied_bytes_total 7",
+            "imagemirror_sync_duration_seconds_sum 1.0",
             "imagemirror_build_info",
         ] {
             assert!(seen.contains(line), "{line} is not in\n{seen}");

@@ -1,11 +1,12 @@
 //! The server for probes and metrics: `/livez`, `/readyz`, `/metrics`.
 //!
-//! It has neither TLS nor authentication, so that whoever reaches the pod can talk to it: a connection carries one
-//! request, lives ten seconds, and there are few of them at one time. Readiness is made of named [`Gates`], each of
+//! Probes have neither TLS nor authentication, so that whoever reaches the pod can talk to it: a connection carries one
+//! request, lives ten seconds, and there are few of them at one time. Metrics can have both, on a listener of their own.
+//! Readiness is made of named [`Gates`], each of
 //! which says what it waits for; a standby that sees the lease held by another is ready.
 
 use std::{
-    io,
+    fmt, io,
     net::SocketAddr,
     pin::Pin,
     sync::{Arc, Mutex, PoisonError},
@@ -16,19 +17,23 @@ use std::{
 use axum::{
     Router,
     extract::State,
-    http::{HeaderValue, StatusCode, header},
+    http::{HeaderMap, HeaderValue, StatusCode, header},
     response::{IntoResponse, Response},
     routing::get,
     serve::Listener,
 };
+use futures::future::BoxFuture;
 use prometheus_client::{encoding::text::encode, registry::Registry};
+use rustls::ServerConfig;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpListener, TcpStream},
-    sync::{OwnedSemaphorePermit, Semaphore},
+    sync::{OwnedSemaphorePermit, Semaphore, watch},
     time::{Sleep, sleep},
 };
 use tokio_util::sync::CancellationToken;
+
+use super::tls::Secured;
 
 /// A connection lives this long: it is the time for one request, its answer included.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
@@ -93,19 +98,71 @@ impl Gates {
     }
 }
 
-/// Answers probes and scrapes until `shutdown`, then ends within a second.
+/// The path of the metrics, as rights name it.
+pub const METRICS_PATH: &str = "/metrics";
+
+/// What a reviewer says of a token.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// Its owner may read the metrics.
+    Allowed,
+    /// It is nobody's.
+    Unauthenticated,
+    /// Its owner may not.
+    Forbidden,
+    /// That could not be found out.
+    Unknown,
+}
+
+/// Says who may read the metrics.
+pub trait Reviewer: Send + Sync {
+    /// Whether the owner of a bearer token may.
+    fn review<'a>(&'a self, token: &'a str) -> BoxFuture<'a, Verdict>;
+}
+
+/// The metrics, and who may read them: everybody, where nobody says.
+#[derive(Clone)]
+pub struct Exposition {
+    /// What is shown.
+    pub registry: Arc<Registry>,
+    /// Who is asked before it is.
+    pub reviewer: Option<Arc<dyn Reviewer>>,
+}
+
+/// Answers probes until `shutdown`, then ends within a second. And scrapes, unless they have a listener of their own.
 pub async fn serve(
     listener: TcpListener,
     gates: Gates,
-    registry: Arc<Registry>,
+    exposition: Option<Exposition>,
     shutdown: CancellationToken,
 ) -> io::Result<()> {
     let router = Router::new()
         .route("/livez", get(async || close("ok\n".into_response())))
         .route("/readyz", get(readyz).with_state(gates))
-        .route("/metrics", get(metrics).with_state(registry))
-        .fallback(async || close(StatusCode::NOT_FOUND.into_response()));
-    let listener = Bounded { listener, places: Arc::new(Semaphore::new(MAX_CONNECTIONS)) };
+        .merge(exposition.map(metrics_router).unwrap_or_default());
+    serve_on(Bounded::new(listener), router, shutdown).await
+}
+
+/// Answers scrapes over TLS until `shutdown`, then ends within a second. A handshake is made by what `tls` is then.
+pub async fn serve_metrics(
+    listener: TcpListener,
+    exposition: Exposition,
+    tls: watch::Receiver<Arc<ServerConfig>>,
+    shutdown: CancellationToken,
+) -> io::Result<()> {
+    let listener = Secured { listener: Bounded::new(listener), config: tls };
+    serve_on(listener, metrics_router(exposition), shutdown).await
+}
+
+fn metrics_router(exposition: Exposition) -> Router {
+    Router::new().route(METRICS_PATH, get(metrics).with_state(exposition))
+}
+
+async fn serve_on<L>(listener: L, router: Router, shutdown: CancellationToken) -> io::Result<()>
+where
+    L: Listener<Addr: fmt::Debug>,
+{
+    let router = router.fallback(async || close(StatusCode::NOT_FOUND.into_response()));
     let server = axum::serve(listener, router).with_graceful_shutdown(shutdown.clone().cancelled_owned());
     let too_long = async {
         shutdown.cancelled().await;
@@ -128,12 +185,41 @@ async fn readyz(State(gates): State<Gates>) -> Response {
     close((status, lines.collect::<String>()).into_response())
 }
 
-async fn metrics(State(registry): State<Arc<Registry>>) -> Response {
+async fn metrics(State(exposition): State<Exposition>, headers: HeaderMap) -> Response {
+    let Exposition { registry, reviewer } = exposition;
+    if let Some(refused) = refused(reviewer.as_deref(), &headers).await {
+        return close(refused.into_response());
+    }
     let mut text = String::new();
     close(match encode(&mut text, &registry) {
         Ok(()) => ([(header::CONTENT_TYPE, OPEN_METRICS)], text).into_response(),
         Err(_) => StatusCode::INTERNAL_SERVER_ERROR.into_response(),
     })
+}
+
+/// What is answered to who may not read the metrics.
+async fn refused(reviewer: Option<&dyn Reviewer>, headers: &HeaderMap) -> Option<(StatusCode, HeaderMap)> {
+    let reviewer = reviewer?;
+    let authorization = headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
+    let token = authorization.and_then(|value| value.split_once(' ')).filter(|(scheme, token)| {
+        // RFC 9110, section 11.1: the name of a scheme has no case.
+        scheme.eq_ignore_ascii_case("bearer") && !token.trim().is_empty()
+    });
+    let verdict = match token {
+        Some((_, token)) => reviewer.review(token.trim()).await,
+        None => Verdict::Unauthenticated,
+    };
+    let mut headers = HeaderMap::new();
+    let status = match verdict {
+        Verdict::Allowed => return None,
+        Verdict::Unauthenticated => {
+            headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+            StatusCode::UNAUTHORIZED
+        }
+        Verdict::Forbidden => StatusCode::FORBIDDEN,
+        Verdict::Unknown => StatusCode::SERVICE_UNAVAILABLE,
+    };
+    Some((status, headers))
 }
 
 /// One request a connection, so that the life of a connection bounds its request.
@@ -143,9 +229,15 @@ fn close(mut response: Response) -> Response {
 }
 
 /// A listener whose connections are few and short.
-struct Bounded {
+pub(super) struct Bounded {
     listener: TcpListener,
     places: Arc<Semaphore>,
+}
+
+impl Bounded {
+    fn new(listener: TcpListener) -> Self {
+        Self { listener, places: Arc::new(Semaphore::new(MAX_CONNECTIONS)) }
+    }
 }
 
 impl Listener for Bounded {
@@ -164,7 +256,7 @@ impl Listener for Bounded {
     }
 }
 
-struct Connection {
+pub(super) struct Connection {
     stream: TcpStream,
     ends: Pin<Box<Sleep>>,
     _place: Option<OwnedSemaphorePermit>,
@@ -215,8 +307,9 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let stop = CancellationToken::new();
-        let (_, registry) = Metrics::new();
-        let server = tokio::spawn(serve(listener, gates.clone(), Arc::new(registry), stop.clone()));
+        let (_, registry) = Metrics::new(&Arc::default());
+        let exposition = Exposition { registry: Arc::new(registry), reviewer: None };
+        let server = tokio::spawn(serve(listener, gates.clone(), Some(exposition), stop.clone()));
         (address, stop, server)
     }
 

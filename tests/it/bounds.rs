@@ -5,6 +5,7 @@ use std::{
     convert::Infallible,
     net::SocketAddr,
     path::{Path, PathBuf},
+    process::Command,
     sync::LazyLock,
 };
 
@@ -271,7 +272,8 @@ async fn hostile_registries_get_neither_the_memory_nor_the_time_of_others() -> R
     let config = json!({"networks": {"allow": ["127.0.0.0/8", "::1"]}});
     // What is not optimised takes more.
     let released = image_root()?;
-    let operator = place.operator_of(&released.join("imagemirror"), config, &short, "info")?;
+    let command = Command::new(released.join("imagemirror"));
+    let operator = place.start(command, &place.settings(config, &short)?, &["--log-level", "info"])?;
     let limit = MemoryLimit::of(operator.process.pid(), LIMIT);
     for round in 0..2 {
         for (threat, _) in THREATS {

@@ -23,6 +23,7 @@ mod layout;
 mod leadership;
 mod lifecycle;
 mod login;
+mod logs;
 mod main_job;
 mod mutations;
 mod packaging;
@@ -32,6 +33,9 @@ mod secrecy;
 mod statuses;
 mod support;
 mod tags;
+mod telemetry;
+#[cfg(feature = "otel")]
+mod traces;
 mod turns;
 mod uploads;
 mod waiting;

@@ -103,7 +103,61 @@ async fn the_operator_accepts_the_configuration_that_the_chart_renders() -> Resu
     for text in files.values() {
         let config = imagemirror::config::Config::parse(text.as_str().unwrap_or_default(), Path::new("chart"))?;
         ensure!(config.limits.runs == 7 && config.timing.head_timeout.as_secs() == 5);
+        ensure!(config.log == imagemirror::config::Log::default(), "{:?}", config.log);
     }
+    Ok(())
+}
+
+#[tokio::test]
+async fn metrics_are_secure_when_the_chart_is_told_so_and_the_rights_for_that_come_with_it() -> Result<()> {
+    let place = Place::new("chart-metrics").await?;
+    let watched = format!("watchNamespaces={{{}}}", place.namespace);
+    let render = |set: &str| rendered_chart(place.env, &place.namespace, &["--set", &watched, "--set", set]);
+    let secure = "metrics.secure.enabled=true,metrics.secure.certSecret=cert";
+    let (open, unauthenticated) =
+        (render("nameOverride=")?, render(&format!("{secure},metrics.secure.authentication=None"))?);
+    for rendered in [&open, &unauthenticated] {
+        ensure!(!rendered.contains("reviews") && !rendered.contains("kind: ClusterRole\n"), "rights without need");
+    }
+    let rendered = render(secure)?;
+    apply_dry(&place, &rendered)?;
+    ensure!(rendered.matches("reviews]\n  verbs: [create]\n").count() == 2, "{rendered}");
+    for (text, in_open, in_secure) in
+        [("targetPort: https\n", 0, 1), ("secretName: cert\n", 0, 1), ("--metrics-listen=0.0.0.0:8443\n", 0, 1)]
+    {
+        ensure!(open.matches(text).count() == in_open && rendered.matches(text).count() == in_secure, "{text}");
+    }
+    let documents: Vec<Value> = serde_saphyr::from_multiple(&rendered)?;
+    let config =
+        documents.iter().find_map(|object| object["data"]["operator.yaml"].as_str()).context("no configuration")?;
+    let metrics = imagemirror::config::Config::parse(config, Path::new("chart"))?.metrics;
+    ensure!(metrics.authentication == imagemirror::config::Authentication::TokenReview, "{metrics:?}");
+    let refused =
+        render("metrics.secure.enabled=true").err().context("it is rendered without a certificate")?.to_string();
+    ensure!(refused.contains("metrics.secure.certSecret is empty"), "{refused}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_change_of_the_configuration_makes_new_pods_but_for_the_log_level() -> Result<()> {
+    let place = Place::new("chart-level").await?;
+    let render = |template: &str, set: &str| {
+        rendered_chart(
+            place.env,
+            &place.namespace,
+            &["--show-only", &format!("templates/{template}.yaml"), "--set", set],
+        )
+    };
+    for (template, set, is_another) in [
+        ("deployment", "logLevel=debug", false),
+        ("configmap", "logLevel=debug", true),
+        ("deployment", "logFormat=text", true),
+        ("deployment", "config.limits.runs=7", true),
+    ] {
+        ensure!((render(template, set)? != render(template, "logLevel=info")?) == is_another, "{template} with {set}");
+    }
+    // A file that is mounted alone stays as it was when the pod began.
+    ensure!(!render("deployment", "logLevel=info")?.contains("subPath"));
     Ok(())
 }
 

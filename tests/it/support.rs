@@ -1,7 +1,7 @@
 //! A place for one test: a namespace with the chart's RBAC, a repository prefix, and operators that watch it.
 
 use std::{
-    path::{Path, PathBuf},
+    path::PathBuf,
     process::{Command, Stdio},
     sync::Mutex,
     time::Duration,
@@ -62,6 +62,7 @@ pub(crate) struct Operator {
     pub(crate) process: Process,
     pub(crate) log: PathBuf,
     pub(crate) listen: String,
+    pub(crate) config: PathBuf,
 }
 
 impl Place {
@@ -124,17 +125,11 @@ impl Place {
 
     /// An operator with more of a configuration than its timing.
     pub(crate) fn operator_from(&self, config: Value, timing: &Value, level: &str) -> Result<Operator> {
-        self.operator_of(Path::new(env!("CARGO_BIN_EXE_imagemirror")), config, timing, level)
+        self.operator_of(&self.settings(config, timing)?, &["--log-level", level])
     }
 
-    /// The same of another build.
-    pub(crate) fn operator_of(
-        &self,
-        binary: &Path,
-        mut config: Value,
-        timing: &Value,
-        level: &str,
-    ) -> Result<Operator> {
+    /// A configuration for this place, with times that suit a test.
+    pub(crate) fn settings(&self, mut config: Value, timing: &Value) -> Result<Value> {
         let mut times = json!({
             "apiTimeout": "5s", "leaseDuration": "3s", "leaseRenew": "500ms", "tagWriteTimeout": "1200ms", "tagWriteMargin": "2200ms",
             "retryTransientMin": "500ms", "retryTransientMax": "2s", "retryAuth": "10m", "secretRetry": "200ms",
@@ -146,11 +141,32 @@ impl Place {
         }
         config["timing"] = times;
         config["watchNamespaces"] = json!(*self.served.lock().map_err(|_| anyhow::anyhow!("poisoned"))?);
+        Ok(config)
+    }
+
+    /// With this configuration, and these arguments beside those that every test needs.
+    pub(crate) fn operator_of(&self, config: &Value, arguments: &[&str]) -> Result<Operator> {
+        self.operator_where(config, arguments, &[])
+    }
+
+    /// And with these variables.
+    pub(crate) fn operator_where(
+        &self,
+        config: &Value,
+        arguments: &[&str],
+        variables: &[(&str, &str)],
+    ) -> Result<Operator> {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_imagemirror"));
+        command.envs(variables.iter().copied());
+        self.start(command, config, arguments)
+    }
+
+    /// And of another build.
+    pub(crate) fn start(&self, mut command: Command, config: &Value, arguments: &[&str]) -> Result<Operator> {
         let name = format!("{}-{:06x}", self.namespace, fastrand::u32(..0x100_0000));
         let path = self.env.run_dir.join(format!("{name}.yaml"));
         std::fs::write(&path, config.to_string())?;
         let listen = format!("127.0.0.1:{}", free_port()?);
-        let mut command = Command::new(binary);
         command.arg("operator").arg("--config").arg(&path).arg("--kubeconfig").arg(&self.kubeconfig).args([
             "--listen",
             &listen,
@@ -158,12 +174,11 @@ impl Place {
             &self.namespace,
             "--identity",
             &name,
-            "--log-level",
-            level,
         ]);
+        command.args(arguments);
         let log = self.env.log(&name);
         let process = Process::spawn(&name, command, &log)?;
-        Ok(Operator { process, log, listen })
+        Ok(Operator { process, log, listen, config: path })
     }
 
     pub(crate) async fn secret(&self, name: &str, type_: &str, data: &[(&str, &str)]) -> Result<()> {
@@ -413,6 +428,6 @@ fn install_rbac(env: &Env, namespace: &str, watched: &[&str]) -> Result<()> {
     run(&mut apply, Some(&objects)).map(|_| ())
 }
 
-fn free_port() -> Result<u16> {
+pub(crate) fn free_port() -> Result<u16> {
     Ok(std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
 }

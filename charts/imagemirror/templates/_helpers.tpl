@@ -59,20 +59,27 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 {{- end -}}
 {{- end -}}
 
-{{/* The operator's configuration: config, and the namespaces that the roles were made for. */}}
+{{/* The operator's configuration: config, the log, and the namespaces that the roles were made for. */}}
 {{- define "imagemirror.config" -}}
 {{- $config := deepCopy .Values.config -}}
+{{- $_ := set $config "log" (dict "format" .Values.logFormat "level" .Values.logLevel) -}}
 {{- with .Values.watchNamespaces -}}
 {{- $_ := set $config "watchNamespaces" . -}}
+{{- end -}}
+{{- with .Values.metrics.secure -}}
+{{- if .enabled -}}
+{{- $files := "/etc/imagemirror/metrics-tls" -}}
+{{- $_ := set $config "metrics" (dict "certFile" (printf "%s/tls.crt" $files) "keyFile" (printf "%s/tls.key" $files) "authentication" .authentication) -}}
+{{- end -}}
 {{- end -}}
 {{- toYaml $config -}}
 {{- end -}}
 
-{{/* IPv6 addresses want brackets before a port. */}}
+{{/* The address with this port: IPv6 addresses want brackets before it. */}}
 {{- define "imagemirror.listen" -}}
-{{- $host := .Values.metrics.bindAddress -}}
+{{- $host := .root.Values.metrics.bindAddress -}}
 {{- if contains ":" $host -}}{{- $host = printf "[%s]" $host -}}{{- end -}}
-{{- printf "%s:%d" $host (int .Values.metrics.port) -}}
+{{- printf "%s:%d" $host (int .port) -}}
 {{- end -}}
 
 {{/* A network, also where an address alone stands for itself. */}}

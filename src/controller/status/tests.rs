@@ -44,6 +44,7 @@ fn ended(mirror: &ValidatedMirror, failed: &[(usize, Reason)]) -> Ended {
         totals: Totals::default(),
     };
     Ended {
+        number: 0,
         spec_hash: mirror.spec_hash.clone(),
         generation: mirror.generation,
         token: None,

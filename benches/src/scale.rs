@@ -19,7 +19,7 @@ use crate::machine;
 use crate::workload::{Kind, Workload};
 
 const RUNS: &str = "imagemirror_sync_duration_seconds_count";
-const READY: &str = r#"imagemirror_condition{"#;
+const READY: &str = "imagemirror_condition{";
 const DEADLINE: Duration = Duration::from_mins(15);
 
 #[derive(Args)]
@@ -51,7 +51,7 @@ fn row(what: impl Into<String>, measured: String, goal: &'static str) -> Row {
 
 pub(crate) async fn run(options: &Options) -> Result<()> {
     let binary = existing(&options.binary)?;
-    let cluster = Cluster::prepare().await?;
+    let cluster = Cluster::prepare()?;
     let scale = Scale { options, binary, cluster };
     let mut rows = scale.alone().await?;
     rows.extend(scale.many().await?);

@@ -34,7 +34,7 @@ pub(super) struct Writes {
 
 impl Cluster {
     /// With the CRD, and the ServiceAccount and roles of the chart for all namespaces.
-    pub(super) async fn prepare() -> Result<Self> {
+    pub(super) fn prepare() -> Result<Self> {
         let env = Env::load()?;
         let administrator = env.ca()?.client("bench", "system:masters")?;
         let http = certs::http_client(&env.ca_pem, Some(&administrator))?;

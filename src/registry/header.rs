@@ -8,10 +8,13 @@ use http::{
 };
 use url::Url;
 
+use super::spacing::Quota;
+
 use crate::oci::Digest;
 
 const CONTENT_DIGEST: HeaderName = HeaderName::from_static("docker-content-digest");
 const SUBJECT: HeaderName = HeaderName::from_static("oci-subject");
+const RATE_LIMIT: HeaderName = HeaderName::from_static("ratelimit-limit");
 const RATE_LIMIT_REMAINING: HeaderName = HeaderName::from_static("ratelimit-remaining");
 const CHUNK_MIN_LENGTH: HeaderName = HeaderName::from_static("oci-chunk-min-length");
 
@@ -69,11 +72,18 @@ pub fn retry_after(headers: &HeaderMap, now: jiff::Timestamp) -> Option<Duration
     Some(at.duration_since(now).try_into().unwrap_or(Duration::ZERO))
 }
 
-/// `RateLimit-Remaining: 76;w=21600`, where the number is what is left of a quota in a window of so many seconds
-/// (draft-ietf-httpapi-ratelimit-headers, as Docker Hub writes it).
+/// `RateLimit-Remaining: 76;w=21600` beside `RateLimit-Limit: 100;w=21600`: what is left of a quota in a window of so many
+/// seconds (draft-ietf-httpapi-ratelimit-headers, as Docker Hub writes it).
 #[must_use]
-pub fn quota_left(headers: &HeaderMap) -> Option<u64> {
-    number(text(headers, RATE_LIMIT_REMAINING)?.split(';').next()?.trim_end())
+pub fn quota(headers: &HeaderMap) -> Option<Quota> {
+    let read = |name| {
+        let mut parts = text(headers, name)?.split(';').map(str::trim);
+        let count = number(parts.next()?)?;
+        Some((count, parts.find_map(|part| number(part.strip_prefix("w=")?))))
+    };
+    let (left, window) = read(RATE_LIMIT_REMAINING)?;
+    let whole = read(RATE_LIMIT).and_then(|(limit, of_limit)| Some((limit, Duration::from_secs(of_limit.or(window)?))));
+    Some(Quota { left, whole })
 }
 
 /// The page after the one at `page`, by `Link: <url>; rel="next"` (RFC 8288). An error holds the host of a page that is
@@ -179,11 +189,21 @@ mod tests {
     }
 
     #[test]
-    fn what_is_left_of_a_quota_is_read_with_and_without_its_window() {
-        let read = |value: &str| quota_left(&headers(RATE_LIMIT_REMAINING, value));
-        assert_eq!((read("76;w=21600"), read("0 ; w=1"), read("7")), (Some(76), Some(0), Some(7)));
+    fn a_quota_is_read_with_and_without_its_window() {
+        let read = |left: &str, limit: &str| {
+            let mut both = headers(RATE_LIMIT_REMAINING, left);
+            both.extend(headers(RATE_LIMIT, limit));
+            quota(&both)
+        };
+        let of = |left, limit| Some(Quota { left, whole: Some((limit, Duration::from_hours(6))) });
+        assert_eq!((read("76;w=21600", "100;w=21600"), read("0 ; w=21600", "200")), (of(76, 100), of(0, 200)));
+        for no_window in
+            [read("7", "100"), read("7", ""), read("7", "many;w=1"), quota(&headers(RATE_LIMIT_REMAINING, "7"))]
+        {
+            assert_eq!(no_window, Some(Quota { left: 7, whole: None }));
+        }
         for bad in ["", ";w=21600", "-1", "many", "+1"] {
-            assert_eq!(read(bad), None, "{bad}");
+            assert_eq!(read(bad, "100;w=21600"), None, "{bad}");
         }
     }
 

@@ -16,7 +16,10 @@ use tokio::{
     time::{Instant, sleep_until},
 };
 
-use super::counters::{HostCounters, Sent};
+use super::{
+    counters::{HostCounters, Sent},
+    spacing::{Quota, Quotas, Spacing},
+};
 use crate::oci::Digest;
 
 /// The credential that a request is sent with, by its fingerprint; anonymous is one too.
@@ -45,8 +48,9 @@ struct State {
     /// `429`s in a row without a word of how long.
     refusals: u32,
     closed: HashMap<Gate, Instant>,
-    /// When the next request may begin, where the rate is limited.
-    next: Instant,
+    /// Where the rate is limited.
+    spacing: Spacing,
+    quotas: Quotas,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -104,7 +108,8 @@ impl HostLimits {
             epoch: 0,
             refusals: 0,
             closed: HashMap::new(),
-            next: Instant::now(),
+            spacing: Spacing::default(),
+            quotas: Quotas::default(),
         };
         Self {
             requests: Arc::new(Semaphore::new(limit)),
@@ -123,8 +128,14 @@ impl HostLimits {
     /// Waits until the host may be asked with this credential, then for a place among the requests in flight. Gate
     /// first, permit second: whoever waits for a closed host holds nothing.
     ///
-    /// A host that is closed for longer than `patience`, or than a minute, is not waited for.
-    pub(super) async fn request(self: &Arc<Self>, identity: &Identity, patience: Duration) -> Result<Permit, Shut> {
+    /// A host that is closed for longer than `patience`, or than a minute, is not waited for. `is_pull` says whether the
+    /// request counts where a host has a quota.
+    pub(super) async fn request(
+        self: &Arc<Self>,
+        identity: &Identity,
+        is_pull: bool,
+        patience: Duration,
+    ) -> Result<Permit, Shut> {
         let mut wait = Wait { counters: self.counters.as_deref(), since: None };
         loop {
             while let Some(until) = self.closed_until(identity) {
@@ -138,7 +149,7 @@ impl HostLimits {
                 wait.begins();
                 sleep_until(until).await;
             }
-            if let Some(turn) = self.next_turn() {
+            if let Some(turn) = self.next_turn(identity, is_pull)? {
                 wait.begins();
                 sleep_until(turn).await;
             }
@@ -167,15 +178,16 @@ impl HostLimits {
         self.state().closed.values().any(|until| *until > now)
     }
 
-    /// When the next request may begin: a second's worth of them may begin at once, the others at equal distances.
-    fn next_turn(&self) -> Option<Instant> {
-        let distance = self.rate?;
+    /// When the next request may begin, where it has to wait for that: at the rate that is set, of which a second's worth
+    /// may begin at once, and as the quota allows of which little is left.
+    fn next_turn(&self, identity: &Identity, is_pull: bool) -> Result<Option<Instant>, Shut> {
         let now = Instant::now();
         let mut state = self.state();
-        let earliest = now.checked_sub(Duration::from_secs(1)).unwrap_or(now);
-        let turn = state.next.max(earliest);
-        state.next = turn + distance;
-        (turn > now).then_some(turn)
+        let late = |turn: Instant| Shut::ForLong(turn.saturating_duration_since(now));
+        let by_quota = if is_pull { state.quotas.turn(identity, now + LONGEST_WAIT).map_err(late)? } else { None };
+        let latest = now + LONGEST_PAUSE;
+        let by_rate = self.rate.map(|distance| state.spacing.turn(identity, distance, Duration::from_secs(1), latest));
+        Ok(by_quota.max(by_rate.transpose().map_err(late)?).filter(|turn| *turn > now))
     }
 
     fn closed_until(&self, identity: &Identity) -> Option<Instant> {
@@ -254,11 +266,11 @@ impl Permit {
         Sent::new(self.limits.counters.as_ref(), method)
     }
 
-    /// What the host says is left of a quota. It is shown and no more: who is to go slower before nothing is left
-    /// belongs here.
-    pub(super) fn quota_left(&self, left: u64) {
+    /// Takes in what the host says is left of a quota.
+    pub(super) fn learn_quota(&self, quota: Quota) {
+        self.limits.state().quotas.learn(&self.identity, quota);
         if let Some(counters) = &self.limits.counters {
-            counters.set_quota(left);
+            counters.set_quota(quota.left);
         }
     }
 
@@ -319,7 +331,7 @@ mod tests {
 
     /// All that can be had without waiting.
     fn all(limits: &Arc<HostLimits>) -> Vec<Permit> {
-        std::iter::from_fn(|| limits.request(&None, LONGEST_WAIT).now_or_never()).map(Result::unwrap).collect()
+        std::iter::from_fn(|| limits.request(&None, false, LONGEST_WAIT).now_or_never()).map(Result::unwrap).collect()
     }
 
     fn all_answered(permits: &[Permit], verdict: Verdict) {
@@ -331,12 +343,12 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_closed_host_is_left_alone_by_everybody_until_it_opens() {
         let limits = limits(4);
-        let permit = limits.request(&None, LONGEST_WAIT).await.unwrap();
+        let permit = limits.request(&None, false, LONGEST_WAIT).await.unwrap();
         permit.answered(Verdict::Overloaded(Some(Duration::from_secs(59))), PAUSE);
         permit.answered(Verdict::Overloaded(Some(Duration::from_secs(10))), PAUSE);
         drop(permit);
         let before = Instant::now();
-        let _first = limits.request(&Some(Digest::sha256(b"one")), LONGEST_WAIT).await;
+        let _first = limits.request(&Some(Digest::sha256(b"one")), false, LONGEST_WAIT).await;
         assert!(before.elapsed() >= Duration::from_secs(59));
     }
 
@@ -345,13 +357,13 @@ mod tests {
         let limits = limits(4);
         let one = Some(Digest::sha256(b"one"));
         limits
-            .request(&one, LONGEST_WAIT)
+            .request(&one, false, LONGEST_WAIT)
             .await
             .unwrap()
             .answered(Verdict::TooMany(Some(Duration::from_mins(10))), PAUSE);
-        let shut = limits.request(&one, LONGEST_WAIT).await.err();
+        let shut = limits.request(&one, false, LONGEST_WAIT).await.err();
         assert!(matches!(shut, Some(Shut::ForLong(pause)) if pause > Duration::from_mins(9)), "{shut:?}");
-        assert!(limits.request(&None, LONGEST_WAIT).now_or_never().is_some_and(|permit| permit.is_ok()));
+        assert!(limits.request(&None, false, LONGEST_WAIT).now_or_never().is_some_and(|permit| permit.is_ok()));
         assert!(limits.is_closed());
     }
 
@@ -359,23 +371,23 @@ mod tests {
     async fn a_refusal_that_names_no_time_closes_for_longer_each_time() {
         let limits = limits(4);
         let before = Instant::now();
-        let mut permit = limits.request(&None, LONGEST_WAIT).await.unwrap();
+        let mut permit = limits.request(&None, false, LONGEST_WAIT).await.unwrap();
         for expected in [10, 30, 70] {
             permit.answered(Verdict::TooMany(None), PAUSE);
             drop(permit);
-            permit = limits.request(&None, LONGEST_WAIT).await.unwrap();
+            permit = limits.request(&None, false, LONGEST_WAIT).await.unwrap();
             assert_eq!(before.elapsed().as_secs(), expected);
         }
         permit.answered(Verdict::TooMany(None), PAUSE);
-        assert!(limits.request(&None, LONGEST_WAIT).await.is_err(), "the fourth time nobody waits");
+        assert!(limits.request(&None, false, LONGEST_WAIT).await.is_err(), "the fourth time nobody waits");
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_pause_is_never_longer_than_an_hour() {
         let limits = limits(1);
         let pause = Some(Duration::from_secs(1_000_000_000));
-        limits.request(&None, LONGEST_WAIT).await.unwrap().answered(Verdict::Overloaded(pause), PAUSE);
-        let shut = limits.request(&None, LONGEST_WAIT).await.err();
+        limits.request(&None, false, LONGEST_WAIT).await.unwrap().answered(Verdict::Overloaded(pause), PAUSE);
+        let shut = limits.request(&None, false, LONGEST_WAIT).await.err();
         assert!(matches!(shut, Some(Shut::ForLong(pause)) if pause <= LONGEST_PAUSE), "{shut:?}");
     }
 
@@ -403,7 +415,7 @@ mod tests {
     async fn one_request_always_remains() {
         let limits = limits(2);
         for _ in 0..5 {
-            limits.request(&None, LONGEST_WAIT).await.unwrap().answered(Verdict::Overloaded(None), PAUSE);
+            limits.request(&None, false, LONGEST_WAIT).await.unwrap().answered(Verdict::Overloaded(None), PAUSE);
         }
         assert_eq!(all(&limits).len(), 1);
     }
@@ -414,7 +426,7 @@ mod tests {
         tokio::time::advance(Duration::from_mins(1)).await;
         let before = Instant::now();
         for _ in 0..30 {
-            limits.request(&None, LONGEST_WAIT).await.unwrap();
+            limits.request(&None, false, LONGEST_WAIT).await.unwrap();
         }
         let took = before.elapsed();
         assert!((1900..=2100).contains(&took.as_millis()), "{took:?}");

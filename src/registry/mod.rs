@@ -29,6 +29,7 @@ mod push;
 mod quirks;
 mod repository;
 mod send;
+mod spacing;
 mod transport;
 mod upload;
 
@@ -46,5 +47,6 @@ pub use proxy::{Proxy, ProxyError};
 pub use push::{PutOptions, Stored};
 pub use quirks::{Quirks, UploadStrategy};
 pub use repository::{Access, Repository};
+pub use spacing::Quota;
 pub use transport::{Transport, TransportError};
 pub use upload::{PutError, Sessions};

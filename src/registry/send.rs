@@ -283,7 +283,9 @@ impl Repository {
 
     /// A place among the requests of a host that may be asked.
     pub(super) async fn place(&self, host: &str, identity: &Identity, request: &Request) -> Result<Permit, Error> {
-        let place = self.client().limits(host).request(identity, request.patience).await;
+        // What Docker Hub counts as a pull; asking whether a manifest is there is none.
+        let is_pull = matches!(request.step, Step::GetManifest | Step::GetChild);
+        let place = self.client().limits(host).request(identity, is_pull, request.patience).await;
         place.map_err(|shut| {
             let kind = match shut {
                 Shut::ForNow(pause) => ErrorKind::Paused(pause),
@@ -302,8 +304,8 @@ impl Repository {
             _ => Verdict::Fine,
         };
         permit.answered(verdict, self.client().timing().rate_pause);
-        if let Some(left) = header::quota_left(response.headers()) {
-            permit.quota_left(left);
+        if let Some(quota) = header::quota(response.headers()) {
+            permit.learn_quota(quota);
         }
     }
 

@@ -256,6 +256,36 @@ async fn a_registry_that_asks_to_be_left_alone_for_long_is_not_waited_for() -> R
 }
 
 #[tokio::test]
+async fn of_a_quota_that_is_nearly_used_up_the_rest_is_taken_slowly() -> Result<()> {
+    let bench = Bench::new("quota");
+    let tags: Vec<String> = (0..40).map(|tag| tag.to_string()).collect();
+    let tags: Vec<&str> = tags.iter().map(String::as_str).collect();
+    for (seed, tag) in (0..).zip(&tags) {
+        bench.push(&bench.env.source, "agent", tag, &Image::single(170 + seed, &[10])).await?;
+    }
+    let source = Proxy::to(bench.env, &bench.env.source).start().await?;
+    let quota = |left: &str| {
+        [Action::set_header("RateLimit-Limit", "100;w=21600"), Action::set_header("RateLimit-Remaining", left)]
+    };
+    source.rule(Matcher::new().route(Route::Manifest), quota("9;w=21600").to_vec());
+    let synced = bench.sync(source.registry(), &bench.env.target, &[("agent", &tags)]).await?;
+    let pulls = Matcher::new().method("GET").route(Route::Manifest);
+    let pulled = source.requests().iter().filter(|one| pulls.matches(&one.key, "") && one.status == Some(200)).count();
+    // Half of those that may be in flight began before the first answer, and some may always begin.
+    ensure!((5..=24).contains(&pulled), "{pulled} manifests were read");
+    ensure!(synced.code() == Some(1), "{:#}", synced.report);
+    let failures: Vec<_> = (0..tags.len()).filter_map(|at| synced.image(at).get("failure").cloned()).collect();
+    ensure!(failures.len() == tags.len() - pulled, "{failures:?}");
+    ensure!(failures.iter().all(|failure| failure["reason"] == "RateLimited"), "{failures:?}");
+
+    source.clear();
+    source.rule(Matcher::new().route(Route::Manifest), quota("99;w=21600").to_vec());
+    let synced = bench.sync(source.registry(), &bench.env.target, &[("agent", &tags)]).await?;
+    ensure!(synced.code() == Some(0), "with enough left all are read: {:#}", synced.report);
+    Ok(())
+}
+
+#[tokio::test]
 async fn an_upload_that_breaks_is_looked_at_and_sent_again() -> Result<()> {
     let bench = Bench::new("reupload");
     let image = Image::single(91, &[3_000_000, 4_000]);

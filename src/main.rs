@@ -2,12 +2,6 @@
 
 use std::process::ExitCode;
 
-use mimalloc::MiMalloc;
-
-/// What registries send is freed in other orders than it was allocated in: the C library's allocator keeps twice of it.
-#[global_allocator]
-static ALLOCATOR: MiMalloc = MiMalloc;
-
 fn main() -> ExitCode {
     // One provider for the whole process, before anything makes a connection; it can only be installed once, here.
     let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();

@@ -6,8 +6,9 @@ use std::{
 };
 
 use futures::{
-    FutureExt as _,
+    FutureExt as _, TryStreamExt as _,
     future::{BoxFuture, try_join, try_join_all},
+    stream,
 };
 
 use super::{
@@ -25,6 +26,8 @@ use crate::{
 
 /// Deeper nesting is no image.
 pub(super) const MAX_DEPTH: u32 = 8;
+/// Children of one manifest that are copied side by side: more than a host is asked for at one time.
+const CHILDREN_AT_ONCE: usize = 64;
 /// More manifests under one root are no image.
 const MAX_MANIFESTS: usize = 4096;
 
@@ -126,8 +129,8 @@ impl<'a> Walk<'a> {
     }
 
     async fn all(&self, children: &[Child], depth: u32, resend: bool) -> Result<(), CopyError> {
-        try_join_all(children.iter().map(|child| self.child(child, depth + 1, resend))).await?;
-        Ok(())
+        let children = stream::iter(children.iter().map(Ok));
+        children.try_for_each_concurrent(CHILDREN_AT_ONCE, |child| self.child(child, depth + 1, resend)).await
     }
 
     pub(super) fn named_by(&self, manifest: &RawManifest) -> Result<Vec<Child>, CopyError> {

@@ -27,7 +27,7 @@ const MAX_PAGE: u64 = 4 << 20;
 /// More pages than any list has that ends.
 pub const MAX_PAGES: usize = 1000;
 /// A list is read this far, over all its pages.
-const MAX_LIST: u64 = 8 << 20;
+const MAX_LIST: u64 = 6 << 20;
 /// What is read of a list takes about so much more room than its text.
 const PARSED: u64 = 2;
 /// Tags of a repository, likewise: short ones take more room than their text.

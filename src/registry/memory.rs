@@ -21,8 +21,8 @@ pub struct Memory {
 pub struct Room(OwnedSemaphorePermit);
 
 impl Memory {
-    /// So much unless something else is configured, in bytes: enough for six of the largest manifests.
-    pub const DEFAULT: u32 = 24 << 20;
+    /// So much unless something else is configured, in bytes: enough for four of the largest manifests.
+    pub const DEFAULT: u32 = 16 << 20;
 
     /// Room for so many bytes.
     #[must_use]

@@ -24,7 +24,7 @@ use testenv::images::{Content, Image, OCI_INDEX, OCI_MANIFEST};
 use tokio::{net::TcpListener, task::JoinHandle};
 
 use crate::{
-    packaging::image_root,
+    packaging::assembled,
     support::{PATIENCE, Place},
 };
 
@@ -271,8 +271,9 @@ async fn hostile_registries_get_neither_the_memory_nor_the_time_of_others() -> R
     place.serve(&others)?;
     let config = json!({"networks": {"allow": ["127.0.0.0/8", "::1"]}});
     // What is not optimised takes more.
-    let released = image_root()?;
-    let command = Command::new(released.join("imagemirror"));
+    let released = assembled()?;
+    let mut command = Command::new(released.root.path().join("imagemirror"));
+    command.envs(released.variables);
     let operator = place.start(command, &place.settings(config, &short)?, &["--log-level", "info"])?;
     let limit = MemoryLimit::of(operator.process.pid(), LIMIT);
     for round in 0..2 {
@@ -310,12 +311,10 @@ async fn hostile_registries_get_neither_the_memory_nor_the_time_of_others() -> R
             ensure!(reasons.contains(&reason) || has_no_room || reason == "Timeout", "{threat}: {reason}: {message}");
         }
     }
-    println!("{}", std::fs::read_to_string(format!("/proc/{}/status", operator.process.pid()))?);
     let peak = peak(operator.process.pid())?;
     ensure!(peak <= MOST, "the operator held {} MiB (limited by the kernel: {})", peak >> 20, limit.is_some());
     println!("peak: {} MiB", peak >> 20);
     operator.process.stop().await?;
     drop(limit);
-    std::fs::remove_dir_all(released)?;
     Ok(())
 }

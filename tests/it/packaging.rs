@@ -329,8 +329,15 @@ async fn the_api_server_takes_the_definition_without_a_warning_and_kubectl_expla
     Ok(())
 }
 
-/// The root file system of the image that `make image` has assembled.
-pub(crate) fn image_root() -> Result<PathBuf> {
+/// The image that `make image` has assembled.
+pub(crate) struct Assembled {
+    /// Its root file system.
+    pub(crate) root: tempfile::TempDir,
+    /// The variables that it sets.
+    pub(crate) variables: Vec<(String, String)>,
+}
+
+pub(crate) fn assembled() -> Result<Assembled> {
     let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| Path::new(ROOT).join("target"), PathBuf::from);
     let layout = target.join("image/oci");
     let read = |digest: &str| -> Result<Value> {
@@ -344,21 +351,20 @@ pub(crate) fn image_root() -> Result<PathBuf> {
     let config = read(manifest["config"]["digest"].as_str().context("no config")?)?;
     ensure!(config["config"]["User"] == "65532" || config["config"]["User"] == "65532:65532", "{config}");
     ensure!(config["config"]["Entrypoint"] == serde_json::json!(["/imagemirror"]), "{config}");
-    let root = tempfile::tempdir()?.keep();
+    let variables = config["config"]["Env"].as_array().into_iter().flatten().filter_map(Value::as_str);
+    let variables = variables.filter_map(|pair| pair.split_once('=')).map(|(name, value)| (name.into(), value.into()));
+    let root = tempfile::tempdir()?;
     for layer in manifest["layers"].as_array().context("no layers")? {
         let digest = layer["digest"].as_str().context("no digest")?;
         let blob = layout.join("blobs").join(digest.replace(':', "/"));
-        run(Command::new("tar").arg("-xf").arg(blob).arg("-C").arg(&root), None)?;
+        run(Command::new("tar").arg("-xf").arg(blob).arg("-C").arg(root.path()), None)?;
     }
-    Ok(root)
+    Ok(Assembled { root, variables: variables.collect() })
 }
 
 #[test]
 fn the_image_runs_with_nothing_around_it() -> Result<()> {
-    let root = image_root()?;
-    let outcome = run_in(&root);
-    fs::remove_dir_all(&root)?;
-    outcome
+    run_in(assembled()?.root.path())
 }
 
 fn run_in(root: &Path) -> Result<()> {

@@ -4,7 +4,7 @@ use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use futures::StreamExt as _;
 use kube::{
-    Api, Client, Config as KubeConfig,
+    Api, Client, Config as KubeConfig, ResourceExt as _,
     api::ListParams,
     core::ObjectMeta,
     runtime::{
@@ -248,6 +248,8 @@ async fn control(context: Arc<Context>, woken: mpsc::Receiver<ObjectRef<ImageMir
     let (reader, writer) = reflector::store::<Guarded>();
     let observer: Arc<dyn Observer> = Arc::clone(&context) as Arc<dyn Observer>;
     let objects = changes(&context.client, &context.config.watch_namespaces, &context.config.timing, &observer)
+        // Who wrote which field is a large part of a small object, and nothing that we look at.
+        .modify(|object| object.managed_fields_mut().clear())
         .reflect(writer)
         .touched_objects()
         // Known by their uid: one deleted and created again with the same generation is looked at too.

@@ -155,6 +155,8 @@ impl Operator {
         let listen = format!("127.0.0.1:{}", free_port()?);
         let mut command = Command::new(binary);
         command.arg("operator").arg("--config").arg(config).arg("--kubeconfig").arg(kubeconfig);
+        // As the image does.
+        command.env("MALLOC_ARENA_MAX", "1");
         command.args(["--listen", &listen, "--lease-namespace", "imagemirror-system", "--log-level", "warn"]);
         let process = Process::spawn("the operator", command, &env.log("operator"))?;
         let http = certs::http_client(&env.ca_pem, None)?;

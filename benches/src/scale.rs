@@ -12,6 +12,7 @@ use bytes::Bytes;
 use clap::Args;
 use futures::{StreamExt, TryStreamExt, stream};
 use serde_json::{Value, json};
+use testenv::hostile::{Hostile, Threat};
 use testenv::{Client, Content, Image, RegistryOptions, RegistryServer};
 
 use self::cluster::{Cluster, Operator, Writes, existing};
@@ -54,6 +55,7 @@ pub(crate) async fn run(options: &Options) -> Result<()> {
     let cluster = Cluster::prepare()?;
     let scale = Scale { options, binary, cluster };
     let mut rows = scale.alone().await?;
+    rows.extend(scale.beside_hostile_ones().await?);
     rows.extend(scale.many().await?);
     let text = scale.report(&rows)?;
     println!("{text}");
@@ -118,6 +120,53 @@ impl Scale<'_> {
             operator.stop().await?;
         }
         Ok(rows)
+    }
+
+    /// W1 once more, with a registry beside it that wants all our memory and time, in two objects for each threat.
+    async fn beside_hostile_ones(&self) -> Result<Vec<Row>> {
+        eprintln!("scale: W1 beside hostile registries");
+        self.cluster.kubectl(&["create", "namespace", "hostile"])?;
+        let hostile = Hostile::start().await?;
+        let pair = self.pair("beside").await?;
+        let workload = Kind::W1.fill(&Client::new(self.cluster.env(), pair.source.registry())?).await?;
+        let threats = [0, 1].into_iter().flat_map(|round| Threat::ALL.map(|threat| (round, threat)));
+        let objects = threats.map(|(round, threat)| {
+            let spec = json!({
+                "target": {"registry": pair.target.host(), "repository": "hostile/{name}"},
+                "registries": [{"host": hostile.host, "plainHTTP": true}],
+                "images": [threat.image(&hostile.host)],
+            });
+            ("hostile".to_owned(), format!("{}-{round}", threat.name()), spec)
+        });
+        let mut seconds = Vec::new();
+        let mut peaks = Vec::new();
+        for objects in [Vec::new(), objects.collect()] {
+            let operator = self.operator(&pair)?;
+            operator.until("imagemirror_leader", 1.0, DEADLINE).await?;
+            self.cluster.create(&objects).await?;
+            let queued = if objects.is_empty() { 0.0 } else { 10.0 };
+            operator.until("imagemirror_queue_depth", queued, DEADLINE).await?;
+            let name = format!("w1-beside-{}", objects.len());
+            // To another place: what the first one has copied is of no use to the second.
+            let mut spec = spec_of(&workload, &pair);
+            spec["target"]["repository"] = json!(format!("{name}/{{repository}}"));
+            self.cluster.create(&[("alone".to_owned(), name.clone(), spec)]).await?;
+            seconds.push(operator.until(&ready("alone", &name), 1.0, DEADLINE).await?);
+            peaks.push(operator.memory()?.1);
+            for namespace in ["alone", "hostile"] {
+                self.cluster.kubectl(&["delete", "imagemirrors.imagemirror.dev", "-n", namespace, "--all"])?;
+            }
+            operator.stop().await?;
+        }
+        let (alone, beside) = (seconds[0], seconds[1]);
+        Ok(vec![
+            row(
+                "W1 beside 26 objects of hostile registries: `kubectl apply` → Ready; alone",
+                format!("{beside:.2} s; {alone:.2} s ({:.2} times)", beside / alone),
+                "",
+            ),
+            row("the same: peak memory", format!("{:.0} MiB", peaks[1]), "96 MiB"),
+        ])
     }
 
     /// Many objects: the first sync of all, a pass in which there is nothing to do, and a restart after which all are

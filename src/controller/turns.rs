@@ -1,5 +1,5 @@
-//! Whose run is next: so many at a time, and namespaces take turns, so that one with many objects does not keep
-//! another's first run waiting for longer than there are places.
+//! Whose run is next: so many at a time, and namespaces take turns. A namespace that has no run under way gets a place
+//! beyond these, so that one whose runs take long, or never end, does not keep the others from theirs.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -17,10 +17,14 @@ pub(super) struct Turns {
 /// A place, given back when it is dropped.
 pub(super) struct Turn {
     turns: Turns,
+    namespace: String,
 }
 
 struct State {
-    free: usize,
+    places: usize,
+    under_way: usize,
+    /// How many of these are whose. None is zero.
+    running: HashMap<String, usize>,
     /// Who waits, by namespace, in the order of arrival. No queue is empty.
     waiting: HashMap<String, VecDeque<oneshot::Sender<Turn>>>,
     /// The namespaces that wait, in the order of their turns.
@@ -28,9 +32,10 @@ struct State {
 }
 
 impl Turns {
-    /// So many places.
+    /// So many places, and as many beyond them for namespaces that have none.
     pub(super) fn new(places: usize) -> Self {
-        let state = State { free: places, waiting: HashMap::new(), order: VecDeque::new() };
+        let (running, waiting, order) = Default::default();
+        let state = State { places, under_way: 0, running, waiting, order };
         Self { state: Arc::new(Mutex::new(state)) }
     }
 
@@ -38,9 +43,8 @@ impl Turns {
     pub(super) async fn take(&self, namespace: &str) -> Option<Turn> {
         let waiting = {
             let mut state = self.state();
-            if state.free > 0 {
-                state.free -= 1;
-                return Some(Turn { turns: self.clone() });
+            if state.may_start(namespace) {
+                return Some(self.turn(&mut state, namespace.to_owned()));
             }
             let (sender, receiver) = oneshot::channel();
             if !state.waiting.contains_key(namespace) {
@@ -52,21 +56,10 @@ impl Turns {
         waiting.await.ok()
     }
 
-    /// The next that waits: the namespace goes to the end of the order if it has more.
-    fn next(&self) -> Option<oneshot::Sender<Turn>> {
-        let mut state = self.state();
-        let Some(namespace) = state.order.pop_front() else {
-            state.free += 1;
-            return None;
-        };
-        let queue = state.waiting.get_mut(&namespace)?;
-        let next = queue.pop_front();
-        if queue.is_empty() {
-            state.waiting.remove(&namespace);
-        } else {
-            state.order.push_back(namespace);
-        }
-        next
+    fn turn(&self, state: &mut State, namespace: String) -> Turn {
+        state.under_way += 1;
+        *state.running.entry(namespace.clone()).or_default() += 1;
+        Turn { turns: self.clone(), namespace }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -74,11 +67,47 @@ impl Turns {
     }
 }
 
+impl State {
+    fn may_start(&self, namespace: &str) -> bool {
+        let beyond = if self.running.contains_key(namespace) { 0 } else { self.places };
+        self.under_way < self.places + beyond
+    }
+
+    fn ended(&mut self, namespace: &str) {
+        self.under_way -= 1;
+        if let Some(running) = self.running.get_mut(namespace) {
+            *running -= 1;
+            if *running == 0 {
+                self.running.remove(namespace);
+            }
+        }
+    }
+
+    /// The next that waits and may start: its namespace goes to the end of the order if it has more.
+    fn next(&mut self) -> Option<(String, oneshot::Sender<Turn>)> {
+        let at = self.order.iter().position(|namespace| self.may_start(namespace))?;
+        let namespace = self.order.remove(at)?;
+        let queue = self.waiting.get_mut(&namespace)?;
+        let next = queue.pop_front()?;
+        if queue.is_empty() {
+            self.waiting.remove(&namespace);
+        } else {
+            self.order.push_back(namespace.clone());
+        }
+        Some((namespace, next))
+    }
+}
+
 impl Drop for Turn {
     fn drop(&mut self) {
-        if let Some(next) = self.turns.next() {
-            // One that has stopped waiting gives the place back at once, which makes the next one's turn.
-            let _ = next.send(Turn { turns: self.turns.clone() });
+        let mut next = {
+            let mut state = self.turns.state();
+            state.ended(&self.namespace);
+            state.next().map(|(namespace, next)| (next, self.turns.turn(&mut state, namespace)))
+        };
+        // One that has stopped waiting gives the place back at once, which makes the next one's turn.
+        if let Some((next, turn)) = next.take() {
+            let _ = next.send(turn);
         }
     }
 }
@@ -96,26 +125,46 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_newcomer_waits_for_no_more_runs_than_there_are_places() {
+    async fn who_has_no_run_gets_a_place_beyond_those_that_others_hold() {
         let turns = Turns::new(2);
-        let mut running = vec![turns.take("busy").await.unwrap(), turns.take("busy").await.unwrap()];
-        let mut busy: Vec<_> = (0..50).map(|_| wait(&turns, "busy")).collect();
-        let newcomer = wait(&turns, "newcomer");
-        // The first place that is free goes to who came first, the second to the other namespace.
-        running.remove(0);
-        running.push(busy.remove(0).await.unwrap());
-        running.remove(0);
-        assert!(newcomer.now_or_never().is_some());
+        let busy = [turns.take("busy").await.unwrap(), turns.take("busy").await.unwrap()];
+        let more = wait(&turns, "busy");
+        let first = turns.take("a").now_or_never().flatten().unwrap();
+        let _second = turns.take("b").now_or_never().flatten().unwrap();
+        let third = wait(&turns, "c");
+        drop(first);
+        assert!(third.now_or_never().flatten().is_some(), "there are as many again, and it had none");
+        drop(busy);
+        assert!(more.now_or_never().flatten().is_some(), "two are under way and one is back");
+    }
+
+    #[tokio::test]
+    async fn namespaces_that_wait_take_turns() {
+        let turns = Turns::new(1);
+        let mut running = [turns.take("a").await.unwrap(), turns.take("b").await.unwrap()].map(Some);
+        let mut busy: Vec<_> = (0..50).map(|_| wait(&turns, "a")).collect();
+        let newcomer = wait(&turns, "c");
+        // The first place that is given back is the newcomer's: the others have runs under way.
+        running[1] = None;
+        let newcomer = newcomer.now_or_never().flatten().unwrap();
+        let other = wait(&turns, "b");
+        running[0] = None;
+        drop(newcomer);
+        let next = other.now_or_never().flatten();
+        let ours = busy.remove(0).now_or_never().flatten();
+        assert!(next.is_some() || ours.is_some());
+        assert!(busy.remove(0).now_or_never().is_none(), "not two of those that came first");
     }
 
     #[tokio::test]
     async fn who_stops_waiting_takes_nobodys_place() {
         let turns = Turns::new(1);
         let running = turns.take("a").await.unwrap();
-        let (gone, stays) = (wait(&turns, "a"), wait(&turns, "b"));
+        let (gone, stays) = (wait(&turns, "a"), wait(&turns, "a"));
         drop(gone);
         drop(running);
-        assert!(stays.now_or_never().flatten().is_some());
+        let stays = stays.now_or_never().flatten().unwrap();
+        drop(stays);
         assert!(turns.take("c").now_or_never().is_some(), "the place was given back");
     }
 }

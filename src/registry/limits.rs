@@ -149,7 +149,7 @@ impl HostLimits {
                 wait.begins();
                 sleep_until(until).await;
             }
-            if let Some(turn) = self.next_turn(identity, is_pull)? {
+            if let Some(turn) = self.next_turn(identity) {
                 wait.begins();
                 sleep_until(turn).await;
             }
@@ -160,9 +160,24 @@ impl HostLimits {
                     Arc::clone(&self.requests).acquire_owned().await.ok()
                 }
             };
-            if self.closed_until(identity).is_none() {
-                let epoch = self.state().epoch;
-                return Ok(Permit { limits: Arc::clone(self), inner, identity: identity.clone(), epoch });
+            if self.closed_until(identity).is_some() {
+                continue;
+            }
+            // Those before us may just have learned that little is left.
+            match self.quota_turn(identity, is_pull) {
+                None => {
+                    let epoch = self.state().epoch;
+                    return Ok(Permit { limits: Arc::clone(self), inner, identity: identity.clone(), epoch });
+                }
+                Some(turn) => {
+                    drop(inner);
+                    let pause = turn.saturating_duration_since(Instant::now());
+                    if pause > LONGEST_WAIT {
+                        return Err(Shut::ForLong(pause));
+                    }
+                    wait.begins();
+                    sleep_until(turn).await;
+                }
             }
         }
     }
@@ -178,16 +193,16 @@ impl HostLimits {
         self.state().closed.values().any(|until| *until > now)
     }
 
-    /// When the next request may begin, where it has to wait for that: at the rate that is set, of which a second's worth
-    /// may begin at once, and as the quota allows of which little is left.
-    fn next_turn(&self, identity: &Identity, is_pull: bool) -> Result<Option<Instant>, Shut> {
-        let now = Instant::now();
-        let mut state = self.state();
-        let late = |turn: Instant| Shut::ForLong(turn.saturating_duration_since(now));
-        let by_quota = if is_pull { state.quotas.turn(identity, now + LONGEST_WAIT).map_err(late)? } else { None };
-        let latest = now + LONGEST_PAUSE;
-        let by_rate = self.rate.map(|distance| state.spacing.turn(identity, distance, Duration::from_secs(1), latest));
-        Ok(by_quota.max(by_rate.transpose().map_err(late)?).filter(|turn| *turn > now))
+    /// When the next request may begin, where the rate is limited: a second's worth of them may begin at once.
+    fn next_turn(&self, identity: &Identity) -> Option<Instant> {
+        let distance = self.rate?;
+        let turn = self.state().spacing.turn(identity, distance, Duration::from_secs(1));
+        (turn > Instant::now()).then_some(turn)
+    }
+
+    /// When a request that counts may begin, if that is not now.
+    fn quota_turn(&self, identity: &Identity, is_pull: bool) -> Option<Instant> {
+        if is_pull { self.state().quotas.turn(identity) } else { None }
     }
 
     fn closed_until(&self, identity: &Identity) -> Option<Instant> {

@@ -52,7 +52,8 @@ pub struct TagList {
 
 #[derive(Deserialize)]
 struct TagPage {
-    tags: Entries,
+    // Some registries write null for a repository without tags.
+    tags: Option<Entries>,
 }
 
 /// The entries of a page: not more than a whole list may have, because even those that are no tags take room.
@@ -61,7 +62,7 @@ struct Entries(Vec<TagEntry>);
 
 impl<'de> Deserialize<'de> for Entries {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_any(Self::default())
+        deserializer.deserialize_seq(Self::default())
     }
 }
 
@@ -70,11 +71,6 @@ impl<'de> Visitor<'de> for Entries {
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("a list of tags")
-    }
-
-    // Some registries write null for a repository without tags.
-    fn visit_unit<E>(self) -> Result<Self, E> {
-        Ok(self)
     }
 
     fn visit_seq<A: SeqAccess<'de>>(mut self, mut access: A) -> Result<Self, A::Error> {
@@ -103,7 +99,7 @@ impl Repository {
         let request = Request::new(Step::ListTags, Method::GET, url, self.name().as_str());
         let mut list = TagList::default();
         let take = |page: TagPage| {
-            for entry in page.tags.0 {
+            for entry in page.tags.unwrap_or_default().0 {
                 let tag = match entry {
                     TagEntry::Text(text) => text.parse().ok(),
                     TagEntry::Other(IgnoredAny) => None,

@@ -40,25 +40,17 @@ pub(super) struct Spacing {
 
 impl Spacing {
     /// When a request may begin. As many as fit into `burst` may begin at once, the others at equal distances.
-    ///
-    /// Fails with that time, and takes no place, if it is after `latest`.
-    pub(super) fn turn(
-        &mut self,
-        identity: &Identity,
-        distance: Duration,
-        burst: Duration,
-        latest: Instant,
-    ) -> Result<Instant, Instant> {
+    pub(super) fn turn(&mut self, identity: &Identity, distance: Duration, burst: Duration) -> Instant {
+        let turn = self.next(identity, burst);
+        self.next.insert(identity.clone(), turn + distance);
+        turn
+    }
+
+    fn next(&mut self, identity: &Identity, burst: Duration) -> Instant {
         let now = Instant::now();
         let earliest = now.checked_sub(burst).unwrap_or(now);
         self.next.retain(|_, next| *next > earliest);
-        let next = self.next.get(identity).copied();
-        let turn = next.unwrap_or(earliest);
-        if turn > latest {
-            return Err(turn);
-        }
-        self.next.insert(identity.clone(), turn + distance);
-        Ok(turn.max(now))
+        self.next.get(identity).copied().unwrap_or(earliest)
     }
 }
 
@@ -82,10 +74,16 @@ impl Quotas {
         };
     }
 
-    /// When a request that counts may begin, where that is not at once; fails with the time if it is after `latest`.
-    pub(super) fn turn(&mut self, identity: &Identity, latest: Instant) -> Result<Option<Instant>, Instant> {
-        let Some(distance) = self.distances.get(identity).copied() else { return Ok(None) };
-        self.spacing.turn(identity, distance, distance * (BURST - 1), latest).map(Some)
+    /// When a request that counts may begin, if that is not now. Who is told to wait has taken no place.
+    pub(super) fn turn(&mut self, identity: &Identity) -> Option<Instant> {
+        let distance = *self.distances.get(identity)?;
+        let burst = distance * (BURST - 1);
+        let next = self.spacing.next(identity, burst);
+        if next > Instant::now() {
+            return Some(next);
+        }
+        self.spacing.turn(identity, distance, burst);
+        None
     }
 }
 
@@ -110,20 +108,19 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn some_begin_at_once_the_others_at_distances_and_each_credential_by_itself() {
         let (mut quotas, other) = (Quotas::default(), Some(Digest::sha256(b"other")));
-        let latest = || Instant::now() + Duration::from_mins(1);
-        assert_eq!(quotas.turn(&None, latest()), Ok(None), "nothing is known of a quota");
+        assert_eq!(quotas.turn(&None), None, "nothing is known of a quota");
         quotas.learn(&None, Quota { left: 9, whole: Some((100, HOURS)) });
         let now = Instant::now();
         for _ in 0..BURST {
-            assert_eq!(quotas.turn(&None, latest()), Ok(Some(now)));
+            assert_eq!(quotas.turn(&None), None);
         }
         let next = now + Duration::from_secs(216);
-        assert_eq!(quotas.turn(&None, latest()), Err(next));
-        assert_eq!(quotas.turn(&None, latest()), Err(next), "who is sent away takes no place");
-        assert_eq!(quotas.turn(&other, latest()), Ok(None));
-        tokio::time::advance(Duration::from_secs(200)).await;
-        assert_eq!(quotas.turn(&None, latest()), Ok(Some(next)), "that is soon enough to wait for");
+        assert_eq!(quotas.turn(&None), Some(next));
+        assert_eq!(quotas.turn(&None), Some(next), "who is told to wait takes no place");
+        assert_eq!(quotas.turn(&other), None);
+        tokio::time::advance(Duration::from_secs(216)).await;
+        assert_eq!((quotas.turn(&None), quotas.turn(&None)), (None, Some(now + 2 * Duration::from_secs(216))));
         quotas.learn(&None, Quota { left: 90, whole: Some((100, HOURS)) });
-        assert_eq!(quotas.turn(&None, latest()), Ok(None), "the quota is new");
+        assert_eq!(quotas.turn(&None), None, "the quota is new");
     }
 }

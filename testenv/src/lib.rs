@@ -15,6 +15,7 @@ pub mod env;
 pub mod forwarder;
 pub mod guard;
 mod gzip;
+pub mod hostile;
 pub mod images;
 mod pace;
 pub mod process;

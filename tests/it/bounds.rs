@@ -28,8 +28,8 @@ fn reasons(threat: Threat) -> &'static [&'static str] {
             &["ManifestRefused", "Timeout"]
         }
         Threat::Pages | Threat::Tags => &["SourceUnavailable", "Timeout"],
-        Threat::Redirects => &["Blocked"],
-        Threat::Size => &["IntegrityError"],
+        Threat::Redirects => &["Blocked", "Timeout"],
+        Threat::Size => &["IntegrityError", "Timeout"],
         Threat::Children | Threat::Large | Threat::Slow | Threat::Silent => &["SourceUnavailable", "Timeout"],
     }
 }

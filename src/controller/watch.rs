@@ -82,7 +82,10 @@ pub(super) fn watch<K: Watched>(
 }
 
 /// A kind that can be watched.
-pub(super) trait Watched: Resource<DynamicType = ()> + Clone + fmt::Debug + DeserializeOwned + Send + 'static {}
+pub(super) trait Watched:
+    Resource<DynamicType = ()> + Clone + fmt::Debug + DeserializeOwned + Send + 'static
+{
+}
 
 impl<K: Resource<DynamicType = ()> + Clone + fmt::Debug + DeserializeOwned + Send + 'static> Watched for K {}
 

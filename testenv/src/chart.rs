@@ -23,7 +23,10 @@ pub fn run(dir: &Path, check: bool) -> Result<()> {
     let read = |name: &str| fs::read_to_string(dir.join(name)).with_context(|| format!("read {name} of the chart"));
     let entries = entries(&read("values.yaml")?);
     let (readme, schema) = (read("README.md")?, read("values.schema.json")?);
-    let new = [("README.md", table(&readme, &entries)?, readme), ("values.schema.json", described(&schema, &entries)?, schema)];
+    let new = [
+        ("README.md", table(&readme, &entries)?, readme),
+        ("values.schema.json", described(&schema, &entries)?, schema),
+    ];
     for (name, new, old) in new {
         ensure!(!check || new == old, "{name} of the chart is not current: run `make generate`");
         if new != old {
@@ -78,7 +81,8 @@ fn table(readme: &str, entries: &[Entry]) -> Result<String> {
     let (before, rest) = readme.split_once(BEGIN).context("README.md has no mark where the values begin")?;
     let (_, after) = rest.split_once(END).context("README.md has no mark where the values end")?;
     let rows = values(entries)?.into_iter().map(|entry| {
-        let default = if entry.default.is_empty() { "see values.yaml".to_owned() } else { format!("`{}`", entry.default) };
+        let default =
+            if entry.default.is_empty() { "see values.yaml".to_owned() } else { format!("`{}`", entry.default) };
         format!("| `{}` | {default} | {} |\n", entry.path.join("."), entry.description.replace('|', "\\|"))
     });
     let rows: String = rows.collect();

@@ -322,7 +322,8 @@ fn both(one: Option<Bytes>, other: Option<Bytes>) -> Option<Bytes> {
 #[serde(default, deny_unknown_fields, rename_all = "camelCase")]
 struct File {
     registries: Vec<RegistryEntry>,
-    ca_file: Option<PathBuf>,
+    #[serde(rename = "caFile")]
+    ca: Option<PathBuf>,
     limits: LimitsEntry,
     networks: NetworksEntry,
     watch_namespaces: Vec<String>,
@@ -496,7 +497,7 @@ impl File {
         logging::filter(&log.level).map_err(|error| Wrong::new("log.level", error.to_string()))?;
         Ok(Config {
             registries,
-            ca_file: self.ca_file,
+            ca_file: self.ca,
             ca: None,
             limits: self.limits.validate()?,
             networks: self.networks.validate()?,

@@ -119,7 +119,8 @@ async fn alerts_and_dashboard_ask_for_what_the_operator_says_and_each_alert_has_
         }
     }
     // Labels that are named in words are those that the alert has.
-    for rule in alerts["groups"].as_array().into_iter().flatten().flat_map(|group| group["rules"].as_array()).flatten()
+    for rule in
+        alerts["groups"].as_array().into_iter().flatten().filter_map(|group| group["rules"].as_array()).flatten()
     {
         let (text, expression) = (rule["annotations"].to_string(), rule["expr"].as_str().unwrap_or_default());
         for label in text.split("$labels.").skip(1).filter_map(|rest| rest.split_once(' ')).map(|(label, _)| label) {
@@ -256,7 +257,7 @@ impl Cluster {
         let mut crd: Value = serde_saphyr::from_str(&read("charts/imagemirror/files/crd.yaml")?)?;
         for field in fields {
             let (parent, name) = field.rsplit_once('.').unwrap_or(("", field));
-            let path: String = parent.split('.').map(|part| format!("/properties/{part}")).collect();
+            let path: String = parent.split('.').flat_map(|part| ["/properties/", part]).collect();
             let path = format!("/spec/versions/0/schema/openAPIV3Schema{path}/properties");
             let removed = crd.pointer_mut(&path).and_then(Value::as_object_mut).and_then(|names| names.remove(name));
             ensure!(removed.is_some(), "there is no field {field}");

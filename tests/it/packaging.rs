@@ -86,7 +86,7 @@ async fn the_chart_is_clean_and_the_api_server_takes_what_it_renders() -> Result
         }
         let is_namespaced =
             values.iter().any(|value| value.contains("watchNamespaces") || value.contains("namespaced"));
-        ensure!(has("ClusterRoleBinding") != is_namespaced, "a ClusterRoleBinding beside watchNamespaces");
+        ensure!(has("ClusterRole") != is_namespaced, "a ClusterRole beside watchNamespaces");
     }
     ensure!(!chart.join("crds").exists(), "helm never upgrades a crds/ folder");
     Ok(())
@@ -154,10 +154,7 @@ async fn metrics_are_secure_when_the_chart_is_told_so_and_the_rights_for_that_co
     let (open, unauthenticated) =
         (render("nameOverride=")?, render(&format!("{secure},metrics.secure.authentication=None"))?);
     for rendered in [&open, &unauthenticated] {
-        ensure!(
-            !rendered.contains("reviews") && !rendered.contains("kind: ClusterRoleBinding\n"),
-            "rights without need"
-        );
+        ensure!(!rendered.contains("reviews") && !rendered.contains("kind: ClusterRole\n"), "rights without need");
     }
     let rendered = render(secure)?;
     apply_dry(&place, &rendered)?;

@@ -92,11 +92,12 @@ image: release ## Assemble the container image in target/image/oci, without Dock
 	hack/image $(BINARY) $(TARGET_DIR)/image
 
 .PHONY: generate
-generate: ## Write the CRD from the Rust types, for crds/ and for the chart
+generate: ## Write the CRD from the Rust types, for crds/ and for the chart; the chart's README and schema from its values
 	mkdir -p $(dir $(CHART_CRD)) $(TARGET_DIR)
 	cargo run --quiet --locked --bin imagemirror -- crd > $(TARGET_DIR)/crd.yaml
 	cp $(TARGET_DIR)/crd.yaml $(CRD)
 	cp $(TARGET_DIR)/crd.yaml $(CHART_CRD)
+	cargo run --quiet --locked -p testenv -- chart charts/imagemirror
 
 .PHONY: check-generated
 check-generated: ## Fail, with a diff, when something generated or kept twice differs
@@ -104,6 +105,7 @@ check-generated: ## Fail, with a diff, when something generated or kept twice di
 	@$(TARGET_DIR)/debug/imagemirror crd > $(TARGET_DIR)/crd.yaml
 	@diff -u $(CRD) $(TARGET_DIR)/crd.yaml || { echo '$(CRD) is not current: run `make generate`' >&2; exit 1; }
 	@diff -u $(CHART_CRD) $(TARGET_DIR)/crd.yaml || { echo '$(CHART_CRD) is not current: run `make generate`' >&2; exit 1; }
+	@$(TARGET_DIR)/debug/testenv chart --check charts/imagemirror
 	@diff -u --label config/rbac/clusterrole.yaml --label charts/imagemirror/templates/_helpers.tpl \
 	  <(sed -n '/^rules:/,/^---/p' config/rbac/clusterrole.yaml | sed '1d;$$d') \
 	  <(sed -n '/define "imagemirror.mirrorRules"/,/end -}}/p' charts/imagemirror/templates/_helpers.tpl | sed '1d;$$d') \

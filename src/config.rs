@@ -47,12 +47,18 @@ const TAG_WRITE_SLACK: Duration = Duration::from_secs(1);
 pub struct Config {
     /// How registries are reached, by host.
     pub registries: HashMap<Host, RegistryConfig>,
+    /// The file with certificates to trust for every registry, beside the system's roots and its own.
+    pub ca_file: Option<PathBuf>,
+    /// What was in it. Filled by [`Config::load`].
+    pub ca: Option<Bytes>,
     /// What is bounded.
     pub limits: Limits,
     /// The networks that no connection to a registry goes to.
     pub networks: Networks,
     /// Namespaces whose objects are served; empty: all.
     pub watch_namespaces: Vec<String>,
+    /// Whether Secrets are watched, so that what waits for one goes on at once.
+    pub watch_secrets: bool,
     /// Every duration.
     pub timing: Timing,
     /// What is logged, and how.
@@ -96,7 +102,7 @@ pub struct RegistryConfig {
     pub plain_http: bool,
     /// The file with certificates to trust beside the system's roots.
     pub ca_file: Option<PathBuf>,
-    /// What was in it. Filled by [`Config::load`].
+    /// What was in it, and in the one for every registry. Filled by [`Config::load`].
     pub ca: Option<Bytes>,
     /// The proxy that connections go through.
     pub proxy: Option<Arc<Proxy>>,
@@ -154,26 +160,26 @@ pub enum ConfigError {
         problem: String,
     },
     /// A CA file cannot be read.
-    #[error("{}: caFile {} of registry {host} cannot be read: {source}", path.display(), file.display())]
+    #[error("{}: caFile {} of {of} cannot be read: {source}", path.display(), file.display())]
     CaRead {
         /// The configuration.
         path: PathBuf,
         /// The CA file.
         file: PathBuf,
-        /// The registry it is for.
-        host: Host,
+        /// What it is for.
+        of: String,
         /// Why.
         source: io::Error,
     },
     /// A CA file holds no usable certificate.
-    #[error("{}: caFile {} of registry {host} holds no valid PEM certificate", path.display(), file.display())]
+    #[error("{}: caFile {} of {of} holds no valid PEM certificate", path.display(), file.display())]
     Ca {
         /// The configuration.
         path: PathBuf,
         /// The CA file.
         file: PathBuf,
-        /// The registry it is for.
-        host: Host,
+        /// What it is for.
+        of: String,
         /// Why.
         source: TransportError,
     },
@@ -183,9 +189,12 @@ impl Default for Config {
     fn default() -> Self {
         Self {
             registries: HashMap::new(),
+            ca_file: None,
+            ca: None,
             limits: Limits::default(),
             networks: Networks::closed(Vec::new(), Vec::new()),
             watch_namespaces: Vec::new(),
+            watch_secrets: false,
             timing: Timing::default(),
             log: Log::default(),
             metrics: Metrics::default(),
@@ -216,18 +225,11 @@ impl Config {
         if let Some(tls) = &mut config.metrics.tls {
             (tls.cert, tls.key) = (beside(&tls.cert), beside(&tls.key));
         }
+        let read_ca = |file: &Path, of: String| read_ca(path, beside(file), of);
+        config.ca = config.ca_file.as_deref().map(|file| read_ca(file, "all registries".to_owned())).transpose()?;
         for (host, registry) in &mut config.registries {
-            let Some(file) = &registry.ca_file else { continue };
-            let file = beside(file);
-            let (path, host) = (path.to_owned(), host.clone());
-            let ca = match fs::read(&file) {
-                Ok(bytes) => Bytes::from(bytes),
-                Err(source) => return Err(ConfigError::CaRead { path, file, host, source }),
-            };
-            if let Err(source) = (Transport { ca: Some(ca.clone()), ..Transport::default() }).check() {
-                return Err(ConfigError::Ca { path, file, host, source });
-            }
-            registry.ca = Some(ca);
+            let own = registry.ca_file.as_deref().map(|file| read_ca(file, format!("registry {host}"))).transpose()?;
+            registry.ca = both(own, config.ca.clone());
         }
         Ok(config)
     }
@@ -248,6 +250,16 @@ impl Config {
     #[must_use]
     pub fn watches(&self, namespace: &str) -> bool {
         self.watch_namespaces.is_empty() || self.watch_namespaces.iter().any(|watched| watched == namespace)
+    }
+
+    /// The timing that decides when Secrets are asked for: as seldom as can be where they are watched.
+    #[must_use]
+    pub fn timing_of_decisions(&self) -> Timing {
+        let mut timing = self.timing.clone();
+        if self.watch_secrets {
+            timing.secret_retry = timing.secret_retry_max;
+        }
+        timing
     }
 
     /// What the registry client needs to know.
@@ -274,7 +286,8 @@ impl Config {
     /// How a host is reached, as far as the operator's configuration says.
     #[must_use]
     pub fn transport_for(&self, host: &Host) -> Transport {
-        self.registries.get(host).map_or_else(Transport::default, |registry| Transport {
+        let unknown = || Transport { ca: self.ca.clone(), ..Transport::default() };
+        self.registries.get(host).map_or_else(unknown, |registry| Transport {
             plain_http: registry.plain_http,
             ca: registry.ca.clone(),
             identity: None,
@@ -283,14 +296,38 @@ impl Config {
     }
 }
 
+/// The certificates of a file, which can be used all of them.
+fn read_ca(path: &Path, file: PathBuf, of: String) -> Result<Bytes, ConfigError> {
+    let path = path.to_owned();
+    let ca = match fs::read(&file) {
+        Ok(bytes) => Bytes::from(bytes),
+        Err(source) => return Err(ConfigError::CaRead { path, file, of, source }),
+    };
+    match (Transport { ca: Some(ca.clone()), ..Transport::default() }).check() {
+        Ok(()) => Ok(ca),
+        Err(source) => Err(ConfigError::Ca { path, file, of, source }),
+    }
+}
+
+/// Certificates of two files as those of one.
+fn both(one: Option<Bytes>, other: Option<Bytes>) -> Option<Bytes> {
+    match (one, other) {
+        (Some(one), Some(other)) => Some([&one[..], b"\n", &other[..]].concat().into()),
+        (one, other) => one.or(other),
+    }
+}
+
 /// The file as it is written.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default, deny_unknown_fields, rename_all = "camelCase")]
 struct File {
     registries: Vec<RegistryEntry>,
+    #[serde(rename = "caFile")]
+    ca: Option<PathBuf>,
     limits: LimitsEntry,
     networks: NetworksEntry,
     watch_namespaces: Vec<String>,
+    secrets: SecretsEntry,
     timing: BTreeMap<String, String>,
     log: LogEntry,
     metrics: MetricsEntry,
@@ -386,6 +423,12 @@ struct NetworksEntry {
 }
 
 #[derive(Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct SecretsEntry {
+    watch: bool,
+}
+
+#[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct LogEntry {
     format: Option<Format>,
@@ -454,9 +497,12 @@ impl File {
         logging::filter(&log.level).map_err(|error| Wrong::new("log.level", error.to_string()))?;
         Ok(Config {
             registries,
+            ca_file: self.ca,
+            ca: None,
             limits: self.limits.validate()?,
             networks: self.networks.validate()?,
             watch_namespaces: self.watch_namespaces,
+            watch_secrets: self.secrets.watch,
             timing: timing(&self.timing)?,
             log,
             metrics: self.metrics.validate()?,

@@ -14,6 +14,7 @@ mod documents;
 mod mirrors;
 mod operator;
 mod plan;
+mod probe;
 mod sync;
 mod validate;
 
@@ -49,6 +50,9 @@ enum Command {
     Validate(validate::Arguments),
     /// Print the CustomResourceDefinition.
     Crd,
+    /// Ask a running operator whether it is Ready (`helm test`).
+    #[command(hide = true)]
+    Probe(probe::Arguments),
 }
 
 /// Why a command ended, other than well.
@@ -103,6 +107,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Plan(arguments) => logs(log_format, log_level).and_then(|()| plan::run(&arguments)),
         Command::Validate(arguments) => validate::run(&arguments),
         Command::Crd => crd::run(),
+        Command::Probe(arguments) => probe::run(&arguments),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

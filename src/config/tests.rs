@@ -124,5 +124,7 @@ fn a_broken_ca_file_is_named_with_its_host() {
     fs::write(folder.join("ca.crt"), "garbage").unwrap();
     let broken = message();
     assert!(broken.contains("ca.crt of registry a.example.com holds no valid PEM certificate"), "{broken}");
+    fs::write(&path, "caFile: ca.crt").unwrap();
+    assert!(message().contains("ca.crt of all registries holds no valid PEM certificate"));
     fs::remove_dir_all(&folder).unwrap();
 }

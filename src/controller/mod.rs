@@ -20,6 +20,7 @@ mod reconcile;
 mod resolve;
 mod review;
 mod runner;
+mod secrets;
 mod shared;
 mod status;
 mod turns;

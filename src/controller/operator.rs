@@ -2,7 +2,7 @@
 
 use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
-use futures::StreamExt as _;
+use futures::{StreamExt as _, stream};
 use kube::{
     Api, Client, Config as KubeConfig, ResourceExt as _,
     api::ListParams,
@@ -28,6 +28,7 @@ use super::{
     reconcile::{Guarded, after_error, reconcile},
     review::Review,
     runner::Runner,
+    secrets::awaited,
     watch::{Observer, changes},
 };
 use crate::{
@@ -254,6 +255,7 @@ async fn control(context: Arc<Context>, woken: mpsc::Receiver<ObjectRef<ImageMir
         .touched_objects()
         // Known by their uid: one deleted and created again with the same generation is looked at too.
         .predicate_filter(predicates::generation.combine(predicates::annotations), PredicateConfig::default());
+    let awaited = awaited(Arc::clone(&context), reader.clone());
     let woken = ReceiverStream::new(woken).map(|object| {
         let guarded = ObjectRef::<Guarded>::new(&object.name);
         match object.namespace {
@@ -264,7 +266,7 @@ async fn control(context: Arc<Context>, woken: mpsc::Receiver<ObjectRef<ImageMir
     let config = controller::Config::default().concurrency(CONCURRENT_RECONCILES);
     Controller::for_stream(objects, reader)
         .with_config(config)
-        .reconcile_on(woken)
+        .reconcile_on(stream::select(woken, awaited))
         .graceful_shutdown_on(async move { stop.cancelled().await })
         .run(reconcile, after_error, context)
         .for_each(|outcome| async move {

@@ -92,7 +92,7 @@ async fn look(id: Identity, object: &Arc<Guarded>, context: &Arc<Context>) -> Re
         spread: spread_of(&id.uid),
     };
     let timing = &context.config.timing;
-    match decide(&validated, &current.status, run, &known, timing, now) {
+    match decide(&validated, &current.status, run, &known, &context.config.timing_of_decisions(), now) {
         Decision::Start(scope) => {
             start(&id, &validated, &mut current, scope, context).await?;
             Ok(Requeue::requeue(timing.progress_first))
@@ -246,7 +246,8 @@ async fn look_at_secrets(
     if context.runner.view(&id.uid).is_some() {
         return Ok(None);
     }
-    let is_fresh = |age| !credentials_due(since, age, now, &context.config.timing).is_zero();
+    let timing = context.config.timing_of_decisions();
+    let is_fresh = |age| !credentials_due(since, age, now, &timing).is_zero();
     glance(context, mirror, is_fresh).await.map(Some)
 }
 

@@ -51,6 +51,17 @@ impl<T: Clone> Shared<T> {
         }
     }
 
+    /// What was said of one name is not true any more. Who asks just now is told it still, and comes again.
+    pub(super) fn forget(&self, namespace: &str, name: &str) {
+        let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
+        slots.remove(&(namespace.to_owned(), name.to_owned()));
+    }
+
+    /// The same of everything.
+    pub(super) fn forget_all(&self) {
+        self.slots.lock().unwrap_or_else(PoisonError::into_inner).clear();
+    }
+
     fn slot(&self, namespace: &str, name: &str) -> Slot<T> {
         let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
         if slots.len() >= Self::MAX_SLOTS {
@@ -94,5 +105,9 @@ mod tests {
         assert_eq!(get("a").await.unwrap(), (3, Duration::ZERO));
         shared.put("n", "a", 7);
         assert_eq!(get("a").await.unwrap().0, 7);
+        shared.forget("n", "b");
+        assert_eq!((get("a").await.unwrap().0, get("b").await.unwrap().0), (7, 4));
+        shared.forget_all();
+        assert_eq!(get("a").await.unwrap().0, 5);
     }
 }

@@ -7,6 +7,7 @@
 
 use std::{
     collections::{HashMap, HashSet},
+    fmt,
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
@@ -19,10 +20,11 @@ use futures::{
     stream::{self, BoxStream},
 };
 use kube::{
-    Api, Client, Resource as _,
-    core::{DeserializeGuard, ObjectMeta, error_boundary::InvalidObject},
+    Api, Client, Resource,
+    core::{DeserializeGuard, NamespaceResourceScope, ObjectMeta, error_boundary::InvalidObject},
     runtime::watcher,
 };
+use serde::de::DeserializeOwned;
 use tokio::time::{Instant, sleep, sleep_until};
 
 use super::{error::is_not_found, reconcile::Guarded};
@@ -49,10 +51,7 @@ pub(super) fn changes(
     timing: &Timing,
     observer: &Arc<dyn Observer>,
 ) -> impl Stream<Item = Change> + Send + 'static {
-    let apis: Vec<Api<Guarded>> = match namespaces {
-        [] => vec![Api::all(client.clone())],
-        named => named.iter().map(|namespace| Api::namespaced(client.clone(), namespace)).collect(),
-    };
+    let apis: Vec<Api<Guarded>> = apis(client, namespaces);
     let incomplete = Arc::new(AtomicUsize::new(apis.len()));
     let scopes = apis.into_iter().map(|api| {
         let mut scope = Scope::new(Arc::clone(observer), Arc::clone(&incomplete));
@@ -63,27 +62,50 @@ pub(super) fn changes(
     stream::iter(opening).chain(stream::select_all(scopes))
 }
 
-fn watch(api: Api<Guarded>, timing: Timing) -> impl Stream<Item = Change> + Send {
+/// One for each of these namespaces, or one for all where none is named.
+pub(super) fn apis<K>(client: &Client, namespaces: &[String]) -> Vec<Api<K>>
+where
+    K: Resource<DynamicType = (), Scope = NamespaceResourceScope>,
+{
+    match namespaces {
+        [] => vec![Api::all(client.clone())],
+        named => named.iter().map(|namespace| Api::namespaced(client.clone(), namespace)).collect(),
+    }
+}
+
+/// What happens to the objects of one kind, for good.
+pub(super) fn watch<K: Watched>(
+    api: Api<K>,
+    timing: Timing,
+) -> impl Stream<Item = watcher::Result<watcher::Event<K>>> + Send {
     stream::unfold(Watch::new(api, timing), |mut watch| async { Some((watch.next().await, watch)) })
 }
 
+/// A kind that can be watched.
+pub(super) trait Watched:
+    Resource<DynamicType = ()> + Clone + fmt::Debug + DeserializeOwned + Send + 'static
+{
+}
+
+impl<K: Resource<DynamicType = ()> + Clone + fmt::Debug + DeserializeOwned + Send + 'static> Watched for K {}
+
 /// A watch that begins anew from a list when it cannot go on, and now and then in any case.
-struct Watch {
-    api: Api<Guarded>,
+struct Watch<K> {
+    api: Api<K>,
     timing: Timing,
-    events: BoxStream<'static, Change>,
+    events: BoxStream<'static, watcher::Result<watcher::Event<K>>>,
     /// Not while a list is being read.
     relist_at: Option<Instant>,
     backoff: Backoff,
 }
 
-impl Watch {
-    fn new(api: Api<Guarded>, timing: Timing) -> Self {
+impl<K: Watched> Watch<K> {
+    fn new(api: Api<K>, timing: Timing) -> Self {
         let backoff = Backoff::new(timing.api_backoff_first, timing.api_backoff_max);
         Self { events: listed(&api, &timing), api, timing, relist_at: None, backoff }
     }
 
-    async fn next(&mut self) -> Change {
+    async fn next(&mut self) -> watcher::Result<watcher::Event<K>> {
         self.backoff.wait().await;
         loop {
             let relist_at = self.relist_at;
@@ -114,7 +136,7 @@ impl Watch {
     }
 }
 
-fn listed(api: &Api<Guarded>, timing: &Timing) -> BoxStream<'static, Change> {
+fn listed<K: Watched>(api: &Api<K>, timing: &Timing) -> BoxStream<'static, watcher::Result<watcher::Event<K>>> {
     let seconds = u32::try_from(timing.watch_timeout.as_secs()).unwrap_or(u32::MAX).max(1);
     watcher(api.clone(), watcher::Config::default().timeout(seconds)).boxed()
 }

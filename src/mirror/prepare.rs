@@ -177,7 +177,11 @@ fn transport_for(
     };
     let transport = match &settings.cert_secret {
         _ if settings.plain_http => Transport { plain_http: true, ..Transport::default() },
-        Some(name) => secrets.get(name).and_then(|secret| transport(name, secret))?,
+        Some(name) => {
+            let own = secrets.get(name).and_then(|secret| transport(name, secret))?;
+            // A Secret with a client certificate alone says nothing about whom to trust.
+            Transport { ca: own.ca.clone().or(of_operator.ca), ..own }
+        }
         None => of_operator,
     };
     Ok(Transport { proxy, ..transport })

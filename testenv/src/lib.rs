@@ -8,6 +8,7 @@
 
 pub mod artifacts;
 pub mod certs;
+pub mod chart;
 pub mod client;
 pub mod controlplane;
 pub mod demo;

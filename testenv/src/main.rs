@@ -1,5 +1,6 @@
 //! The `testenv` program: `testenv up -- COMMAND` runs COMMAND with a control plane and registries around it;
-//! `testenv demo` shows the operator at work; `testenv tools` builds the programs this needs and prints their directory.
+//! `testenv demo` shows the operator at work; `testenv tools` builds the programs this needs and prints their directory; `testenv chart`
+//! writes what is generated of a chart.
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -32,6 +33,13 @@ enum Sub {
     },
     /// Build what is missing and print the directory of the programs.
     Tools,
+    /// Write the values of the chart in DIR into its README.md and values.schema.json.
+    Chart {
+        dir: PathBuf,
+        /// Fail instead if they are not current.
+        #[arg(long)]
+        check: bool,
+    },
     /// Kill what is left when the supervisor is gone.
     #[command(hide = true)]
     Guard,
@@ -42,6 +50,7 @@ fn main() -> ExitCode {
         Sub::Up { command } => testenv::supervisor::up(&command),
         Sub::Demo { binary, keep } => testenv::demo::run(&testenv::demo::Options { binary, keep }),
         Sub::Tools => testenv::supervisor::tools(),
+        Sub::Chart { dir, check } => testenv::chart::run(&dir, check).map(|()| 0),
         Sub::Guard => testenv::guard::run().map(|()| 0),
     };
     match result {

@@ -37,7 +37,7 @@ const fn program(name: &'static str, package: &'static str) -> Program {
     Program { name, package, built_as: name }
 }
 
-const MODULES: [Module; 4] = [
+const MODULES: [Module; 5] = [
     Module {
         name: "registries",
         programs: &[
@@ -76,7 +76,19 @@ const MODULES: [Module; 4] = [
         ldflags: "-s -w -X k8s.io/component-base/version.gitVersion=v1.34.4",
         takes: "5 minutes",
     },
+    Module {
+        name: CHART,
+        programs: &[
+            program("helm-unittest", "github.com/helm-unittest/helm-unittest/cmd/helm-unittest"),
+            Program { name: "promql", package: "imagemirror.dev/testenv/chart", built_as: "chart" },
+        ],
+        ldflags: "-s -w",
+        takes: "1 minute",
+    },
 ];
+
+/// What the tests of the chart alone need.
+const CHART: &str = "chart";
 
 /// A directory that holds every program under its usual name.
 #[derive(Clone, Debug)]
@@ -93,7 +105,12 @@ impl Tools {
 
 /// Finds or builds every program and makes a directory of links to them in the cache.
 pub async fn find_all() -> Result<Tools> {
-    find_modules(MODULES.iter().collect()).await
+    find_modules(MODULES.iter().filter(|module| module.name != CHART).collect()).await
+}
+
+/// What tests the chart: `helm-unittest`, and `promql`, which reads expressions as Prometheus does.
+pub async fn find_chart() -> Result<Tools> {
+    find_modules(MODULES.iter().filter(|module| module.name == CHART).collect()).await
 }
 
 /// The same for the registries and their clients alone: nothing of Kubernetes is built.

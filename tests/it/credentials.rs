@@ -94,6 +94,71 @@ async fn a_missing_secret_that_nothing_needs_is_noticed_when_it_comes() -> Resul
 }
 
 #[tokio::test]
+async fn what_waits_for_a_secret_goes_on_at_once_where_secrets_are_watched() -> Result<()> {
+    let place = Place::new("watched").await?;
+    place.watch_secrets()?;
+    let (source, target) = (&place.env.source, &place.env.target);
+    let image = Image::single(423, &[1000]);
+    place.push(source, "agent", "1", &image).await?;
+    // Nobody would look again within the patience of a test.
+    let config = json!({"secrets": {"watch": true}, "networks": {"allow": ["127.0.0.0/8", "::1"]}});
+    let timing = json!({"secretRetry": "200ms", "secretRetryMax": "1h", "leaseDuration": "1m"});
+    let _operator = place.operator_from(config, &timing, "debug")?;
+    let mut spec = place.spec(source, target, &[("agent", &["1"])]);
+    spec["imagePullSecrets"] = json!([{"name": "later"}]);
+    place.apply("m", &spec).await?;
+    place.until_reason("m", "SecretNotFound").await?;
+    // One that nobody waits for causes no look at the one that is missing.
+    let before = reads(place.env, &place.namespace, "later")?.len();
+    place.pull_secret("other", &[source]).await?;
+    place.pull_secret("later", &[source]).await?;
+    place.until_ready("m").await?;
+    let after = reads(place.env, &place.namespace, "later")?.len();
+    ensure!(after - before <= 4, "{} reads", after - before);
+    // One that is wrong is put right.
+    place.secret("pull", "Opaque", &[("x", "y")]).await?;
+    let mut spec = place.spec(source, target, &[("agent", &["1"])]);
+    spec["target"]["repository"] = json!(place.repository("another"));
+    place.apply("n", &spec).await?;
+    place.until_reason("n", "SecretInvalid").await?;
+    place.pull_secret("pull", &[source]).await?;
+    place.until_ready("n").await?;
+    ensure!(place.holds(target, "agent", "1", &image).await?);
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_bundle_of_certificates_is_trusted_for_every_registry() -> Result<()> {
+    let place = Place::new("bundle").await?;
+    let (source, target) = (&place.env.source, &place.env.target);
+    place.push(source, "agent", "1", &Image::single(424, &[1000])).await?;
+    let mut spec = place.spec(source, target, &[("agent", &["1"])]);
+    spec["registries"] = json!([]);
+    let networks = json!({"allow": ["127.0.0.0/8", "::1"]});
+    let operator = place.operator_from(json!({"networks": networks}), &json!({}), "debug")?;
+    place.apply("m", &spec).await?;
+    place.until_reason("m", "CertificateInvalid").await?;
+    drop(operator);
+    // One host has a CA of its own beside it, which is another; and an object that shows a certificate keeps the bundle.
+    let other = Ca::generate()?;
+    let (own, key) = (place.env.run_dir.join("bundle-own.pem"), place.env.run_dir.join("bundle-own.key"));
+    other.save(&own, &key)?;
+    let registries = json!([{"host": target.host, "caFile": own}]);
+    let config = json!({"caFile": place.env.ca_path, "registries": registries, "networks": networks});
+    let _operator = place.operator_from(config, &json!({}), "debug")?;
+    place.until_ready("m").await?;
+    let client = other.client("m", "m")?;
+    client.save(&own.with_extension("crt"), &key)?;
+    let (chain, key) = (std::fs::read_to_string(own.with_extension("crt"))?, std::fs::read_to_string(&key)?);
+    place.secret("client", "Opaque", &[("tls.crt", &chain), ("tls.key", &key)]).await?;
+    spec["registries"] = json!([{"host": source.host, "certSecretRef": {"name": "client"}}]);
+    spec["target"]["repository"] = json!(place.repository("another"));
+    place.apply("n", &spec).await?;
+    place.until_ready("n").await?;
+    Ok(())
+}
+
+#[tokio::test]
 async fn a_password_that_is_replaced_during_a_run_is_read_again_after_a_401() -> Result<()> {
     let place = Place::new("rotated").await?;
     let users = |password: &str| vec![("puller".to_owned(), password.to_owned())];

@@ -11,6 +11,7 @@ mod boundaries;
 mod bounds;
 mod cases;
 mod catalogue;
+mod chart;
 mod compatibility;
 mod credentials;
 mod direct;

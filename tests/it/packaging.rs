@@ -9,7 +9,10 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 
-use crate::support::{Place, kubectl, rendered_chart, run};
+use crate::{
+    chart::installations,
+    support::{Place, kubectl, rendered_chart, run},
+};
 
 const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 
@@ -20,38 +23,72 @@ fn apply_dry(place: &Place, objects: &str) -> Result<String> {
     run(&mut apply, Some(objects))
 }
 
+/// The same, without a warning.
+fn apply_clean(place: &Place, objects: &str) -> Result<String> {
+    let path = place.env.run_dir.join(format!("{}.yaml", place.namespace));
+    fs::write(&path, objects)?;
+    let mut apply = Command::new(place.env.tools.join("kubectl"));
+    apply.arg("--kubeconfig").arg(&place.env.kubeconfig);
+    let output = apply.args(["apply", "--dry-run=server", "--validate=strict", "-f"]).arg(&path).output()?;
+    let said = String::from_utf8(output.stderr)?;
+    // Of what is there already, and was not made with `kubectl apply`.
+    let warning = said.lines().find(|line| !line.contains("last-applied-configuration"));
+    ensure!(output.status.success() && warning.is_none(), "{said}");
+    Ok(String::from_utf8(output.stdout)?)
+}
+
 #[tokio::test]
 async fn the_chart_is_clean_and_the_api_server_takes_what_it_renders() -> Result<()> {
     let place = Place::new("chart").await?;
-    // Pods that would not pass restricted security are refused here.
-    let label = "pod-security.kubernetes.io/enforce=restricted";
-    kubectl(place.env, &["label", "namespace", &place.namespace, label])?;
+    // Pods that would not pass restricted security are refused here, and warned of where a Deployment would make them.
+    for mode in ["enforce", "warn"] {
+        let label = format!("pod-security.kubernetes.io/{mode}=restricted");
+        kubectl(place.env, &["label", "namespace", &place.namespace, &label])?;
+    }
     let chart = Path::new(ROOT).join("charts/imagemirror");
-    run(Command::new(place.env.tools.join("helm")).args(["lint", "--strict"]).arg(chart), None)?;
     let watched = format!("watchNamespaces={{{}}}", place.namespace);
-    let closed = "networkPolicy.enabled=true,networkPolicy.metricsFrom[0].podSelector.matchLabels.app=prometheus,\
-                  config.networks.deny={10.96.0.0/12,::1},config.networks.allow={10.96.0.10},\
-                  networkPolicy.extraEgress[0].ports[0].port=5000,networkPolicy.apiServer[0].ipBlock.cidr=10.0.0.1/32";
-    for values in [
-        &[][..],
-        &["--set", &watched],
-        &["--set", "replicaCount=2,crds.keep=false,logFormat=text"],
-        &["--set", "networkPolicy.enabled=true"],
-        &["--set", closed],
-    ] {
-        let objects = rendered_chart(place.env, &place.namespace, values)?;
-        let taken = apply_dry(&place, &objects).with_context(|| format!("rendered with {values:?}"))?;
-        for kind in
-            ["customresourcedefinition", "serviceaccount", "deployment.apps", "service/", "role.rbac", "configmap"]
-        {
+    let files = installations()?;
+    ensure!(files.len() >= 5, "{files:?}");
+    let more = [("crds.keep=false,logFormat=text".to_owned(), None), (watched, None)];
+    let cases = files.iter().map(|(name, file)| (String::new(), Some((name.as_str(), file.as_str()))));
+    for (set, file) in cases.chain(more) {
+        let mut values = if set.is_empty() { Vec::new() } else { vec!["--set", set.as_str()] };
+        values.extend(file.into_iter().flat_map(|(_, file)| ["--values", file]));
+        let mut lint = Command::new(place.env.tools.join("helm"));
+        lint.args(["lint", "--strict", "--kube-version", "1.34.4"]).args(&values);
+        run(lint.arg(&chart), None)?;
+        let objects = rendered_chart(place.env, &place.namespace, &values)?;
+        let documents: Vec<Value> = serde_saphyr::from_multiple(&objects)?;
+        // The API server of the tests does not know the Prometheus operator.
+        let is_known = |object: &&Value| object["apiVersion"] != "monitoring.coreos.com/v1";
+        let known: Vec<String> = documents.iter().filter(is_known).map(ToString::to_string).collect();
+        let taken = apply_clean(&place, &known.join("\n---\n")).with_context(|| format!("rendered with {values:?}"))?;
+        for kind in [
+            "customresourcedefinition",
+            "serviceaccount",
+            "deployment.apps",
+            "service/",
+            "role.rbac",
+            "configmap",
+            "pod/",
+        ] {
             ensure!(taken.contains(kind), "no {kind} in {taken}");
         }
-        let has_policy = taken.contains("networkpolicy.networking.k8s.io");
-        ensure!(has_policy == values.iter().any(|value| value.contains("networkPolicy")), "{taken}");
-        let has_cluster_role = objects.contains("kind: ClusterRole\n");
-        ensure!(has_cluster_role != values.contains(&watched.as_str()), "a ClusterRole beside watchNamespaces");
+        let has = |kind: &str| documents.iter().any(|object| object["kind"] == kind);
+        let is_everything = file.is_some_and(|(name, _)| name == "everything-values.yaml");
+        for kind in
+            ["ServiceMonitor", "PrometheusRule", "ValidatingAdmissionPolicy", "ValidatingAdmissionPolicyBinding"]
+        {
+            ensure!(has(kind) == is_everything, "{kind} with {values:?}");
+        }
+        for kind in ["PodDisruptionBudget", "NetworkPolicy"] {
+            ensure!(!is_everything || has(kind), "no {kind} with {values:?}");
+        }
+        let is_namespaced =
+            values.iter().any(|value| value.contains("watchNamespaces") || value.contains("namespaced"));
+        ensure!(has("ClusterRole") != is_namespaced, "a ClusterRole beside watchNamespaces");
     }
-    ensure!(!Path::new(ROOT).join("charts/imagemirror/crds").exists(), "helm never upgrades a crds/ folder");
+    ensure!(!chart.join("crds").exists(), "helm never upgrades a crds/ folder");
     Ok(())
 }
 

@@ -3,7 +3,10 @@
 use std::{
     path::PathBuf,
     process::{Command, Stdio},
-    sync::Mutex,
+    sync::{
+        Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -41,6 +44,7 @@ pub(crate) struct Place {
     pub(crate) statuses: Watch,
     /// The namespaces that operators of this place serve.
     served: Mutex<Vec<String>>,
+    watches_secrets: AtomicBool,
 }
 
 /// A status that breaks a rule fails the test that it was written in.
@@ -51,7 +55,8 @@ impl Drop for Place {
             violations.truncate(10);
             assert!(violations.is_empty(), "statuses that break a rule:\n{}", violations.join("\n"));
             let served = self.served.lock().map(|served| served.clone()).unwrap_or_default();
-            let trespasses = trespasses(self.env, &self.namespace, &served);
+            let trespasses =
+                trespasses(self.env, &self.namespace, &served, self.watches_secrets.load(Ordering::Relaxed));
             assert!(trespasses.is_empty(), "what no operator may ask:\n{}", trespasses.join("\n"));
         }
     }
@@ -77,13 +82,15 @@ impl Place {
         let metadata = ObjectMeta { name: Some(namespace.clone()), ..ObjectMeta::default() };
         let object = Namespace { metadata, ..Namespace::default() };
         Api::<Namespace>::all(client.clone()).create(&PostParams::default(), &object).await?;
-        install_rbac(env, &namespace, &[&namespace])?;
+        install_rbac(env, &namespace, &[&namespace], "")?;
         let token = kubectl(env, &["create", "token", "imagemirror", "-n", &namespace, "--duration=1h"])?;
         let kubeconfig = env.run_dir.join(format!("{namespace}.kubeconfig"));
         std::fs::write(&kubeconfig, env.kubeconfig_for(token.trim()))?;
         let statuses = Watch::start(env, &namespace);
         let served = Mutex::new(vec![namespace.clone()]);
-        let place = Self { env, client, namespace, prefix: format!("{test}-{suffix}"), kubeconfig, statuses, served };
+        let watches_secrets = AtomicBool::new(false);
+        let prefix = format!("{test}-{suffix}");
+        let place = Self { env, client, namespace, prefix, kubeconfig, statuses, served, watches_secrets };
         place.pull_secret("pull", &[&env.source]).await?;
         place.pull_secret("push", &[&env.target]).await?;
         place.secret("ca", "Opaque", &[("ca.crt", &env.ca_pem)]).await?;
@@ -120,7 +127,13 @@ impl Place {
     pub(crate) fn serve(&self, other: &Self) -> Result<()> {
         let mut served = self.served.lock().map_err(|_| anyhow::anyhow!("poisoned"))?;
         served.push(other.namespace.clone());
-        install_rbac(self.env, &self.namespace, &served.iter().map(String::as_str).collect::<Vec<_>>())
+        install_rbac(self.env, &self.namespace, &served.iter().map(String::as_str).collect::<Vec<_>>(), "")
+    }
+
+    /// Lets operators of this place watch Secrets, too.
+    pub(crate) fn watch_secrets(&self) -> Result<()> {
+        self.watches_secrets.store(true, Ordering::Relaxed);
+        install_rbac(self.env, &self.namespace, &[&self.namespace], ",secrets.watch=true")
     }
 
     /// An operator with more of a configuration than its timing.
@@ -418,8 +431,8 @@ async fn install_crd(env: &Env) -> Result<()> {
 }
 
 /// The ServiceAccount and the roles of the chart, for these namespaces: a right that is missing fails a test.
-fn install_rbac(env: &Env, namespace: &str, watched: &[&str]) -> Result<()> {
-    let watched = format!("watchNamespaces={{{}}}", watched.join(","));
+fn install_rbac(env: &Env, namespace: &str, watched: &[&str], more: &str) -> Result<()> {
+    let watched = format!("watchNamespaces={{{}}}{more}", watched.join(","));
     let only =
         ["--show-only", "templates/rbac.yaml", "--show-only", "templates/serviceaccount.yaml", "--set", &watched];
     let objects = rendered_chart(env, namespace, &only)?;

@@ -20,7 +20,7 @@ use crate::support::{Operator, Place, eventually, free_port, rendered_chart, run
 /// How many requests there were, by method and status.
 type Requests = BTreeMap<(String, String), u64>;
 /// Each metric's type and labels, by its whole name.
-type Table = BTreeMap<String, (String, BTreeSet<String>)>;
+pub(crate) type Table = BTreeMap<String, (String, BTreeSet<String>)>;
 
 /// What `/metrics` says.
 struct Scrape {
@@ -100,7 +100,7 @@ impl Scrape {
 }
 
 /// The table of the documentation.
-fn documented() -> Result<Table> {
+pub(crate) fn documented() -> Result<Table> {
     let text = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/docs/operations.md"))?;
     let section =
         text.split("\n## Metrics\n").nth(1).and_then(|rest| rest.split("\n## ").next()).context("no section")?;

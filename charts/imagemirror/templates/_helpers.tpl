@@ -17,6 +17,11 @@
 {{- end -}}
 {{- end -}}
 
+{{/* Where everything is that is in a namespace. */}}
+{{- define "imagemirror.namespace" -}}
+{{- default .Release.Namespace .Values.namespaceOverride -}}
+{{- end -}}
+
 {{/* The name of the metrics Service, cut so that it still fits. */}}
 {{- define "imagemirror.metricsName" -}}
 {{- printf "%s-metrics" (include "imagemirror.fullname" . | trunc 55 | trimSuffix "-") -}}
@@ -24,12 +29,22 @@
 
 {{/* Cluster-scoped objects carry the namespace, so that two releases of one name do not meet. */}}
 {{- define "imagemirror.clusterName" -}}
-{{- printf "%s:%s" .Release.Namespace (include "imagemirror.fullname" .) -}}
+{{- printf "%s:%s" (include "imagemirror.namespace" .) (include "imagemirror.fullname" .) -}}
 {{- end -}}
 
 {{- define "imagemirror.selectorLabels" -}}
 app.kubernetes.io/name: {{ include "imagemirror.name" . }}
 app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end -}}
+
+{{/* Those of the pod of `helm test`, which no selector of the chart finds. */}}
+{{- define "imagemirror.testLabels" -}}
+app.kubernetes.io/name: {{ printf "%s-test" (include "imagemirror.name" . | trunc 58 | trimSuffix "-") }}
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end -}}
+
+{{- define "imagemirror.testName" -}}
+{{- printf "%s-test" (include "imagemirror.fullname" . | trunc 58 | trimSuffix "-") -}}
 {{- end -}}
 
 {{/* commonLabels come last, and cannot replace the labels of the chart. */}}
@@ -51,20 +66,38 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 {{- end -}}
 {{- end -}}
 
+{{/* global.imageRegistry takes the place of a registry that the repository begins with. */}}
 {{- define "imagemirror.image" -}}
+{{- $repository := .Values.image.repository -}}
+{{- with .Values.global.imageRegistry -}}
+{{- $repository = printf "%s/%s" . (regexReplaceAll "^([^/]*[.:][^/]*|localhost)/" $repository "") -}}
+{{- end -}}
 {{- if .Values.image.digest -}}
-{{- printf "%s@%s" .Values.image.repository .Values.image.digest -}}
+{{- printf "%s@%s" $repository .Values.image.digest -}}
 {{- else -}}
-{{- printf "%s:%s" .Values.image.repository (.Values.image.tag | default .Chart.AppVersion) -}}
+{{- printf "%s:%s" $repository (.Values.image.tag | default .Chart.AppVersion) -}}
 {{- end -}}
 {{- end -}}
 
-{{/* The operator's configuration: config, the log, and the namespaces that the roles were made for. */}}
+{{- define "imagemirror.imagePullSecrets" -}}
+{{- with concat .Values.imagePullSecrets (.Values.global.imagePullSecrets | default list) | uniq -}}
+imagePullSecrets:
+{{ toYaml . }}
+{{- end -}}
+{{- end -}}
+
+{{/* The operator's configuration: config, and what has values of its own because roles and mounts follow it. */}}
 {{- define "imagemirror.config" -}}
 {{- $config := deepCopy .Values.config -}}
 {{- $_ := set $config "log" (dict "format" .Values.logFormat "level" .Values.logLevel) -}}
 {{- with .Values.watchNamespaces -}}
 {{- $_ := set $config "watchNamespaces" . -}}
+{{- end -}}
+{{- if .Values.secrets.watch -}}
+{{- $_ := set $config "secrets" (dict "watch" true) -}}
+{{- end -}}
+{{- if or .Values.caBundle.configMap .Values.caBundle.secret -}}
+{{- $_ := set $config "caFile" (printf "/etc/imagemirror/ca-bundle/%s" .Values.caBundle.key) -}}
 {{- end -}}
 {{- with .Values.metrics.secure -}}
 {{- if .enabled -}}
@@ -109,4 +142,19 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 - apiGroups: [events.k8s.io]
   resources: [events]
   verbs: [create, patch]
+{{- end -}}
+
+{{/* Beside them, where Secrets are watched. */}}
+{{- define "imagemirror.watchRules" -}}
+{{- if .Values.secrets.watch }}
+# secrets.watch: the metadata of all Secrets. RBAC cannot tell that from their content.
+- apiGroups: [""]
+  resources: [secrets]
+  verbs: [list, watch]
+{{- end }}
+{{- end -}}
+
+{{/* Whether to create an object for the Prometheus operator: .of is its value. */}}
+{{- define "imagemirror.isForPrometheus" -}}
+{{- if and .of.enabled (or .of.force (.root.Capabilities.APIVersions.Has "monitoring.coreos.com/v1")) }}true{{ end -}}
 {{- end -}}

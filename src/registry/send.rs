@@ -22,7 +22,7 @@ use url::Url;
 use super::{
     error::{CertificateProblem, Error, ErrorKind, Step, parse_envelope},
     header,
-    limits::{Identity, LONGEST_WAIT, Permit, Shut, Verdict},
+    limits::{Identity, Permit, Shut, Verdict},
     memory::Room,
     network::Denied,
     pace::Pace,
@@ -52,14 +52,14 @@ pub(super) struct Request {
     pub(super) body: Bytes,
     /// What a token for it must grant, where that is not what the repository needs otherwise.
     pub(super) scope: Option<Scope>,
-    /// How long a host that wants to be left alone is waited for.
+    /// How long a host that wants to be left alone is waited for, where that is less than everybody waits.
     pub(super) patience: Duration,
 }
 
 impl Request {
     pub(super) fn new(step: Step, method: Method, url: Url, subject: impl Into<String>) -> Self {
         let (headers, body) = (HeaderMap::new(), Bytes::new());
-        Self { step, method, url, subject: subject.into(), headers, body, scope: None, patience: LONGEST_WAIT }
+        Self { step, method, url, subject: subject.into(), headers, body, scope: None, patience: Duration::MAX }
     }
 }
 
@@ -301,7 +301,7 @@ impl Repository {
             StatusCode::SERVICE_UNAVAILABLE => Verdict::Overloaded(pause),
             _ => Verdict::Fine,
         };
-        permit.answered(verdict, self.client().timing().rate_pause);
+        permit.answered(verdict);
         if let Some(left) = header::quota_left(response.headers()) {
             permit.quota_left(left);
         }

@@ -399,6 +399,17 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
+    async fn how_long_a_host_is_left_alone_and_waited_for_can_be_set() {
+        let (most, waited_for) = (Duration::from_secs(20), Duration::from_secs(5));
+        let limits = Arc::new(HostLimits::new(4, 1, None, Pauses { most, waited_for, ..pauses() }));
+        let pause = Some(Duration::from_mins(10));
+        limits.request(&None, PATIENCE).await.unwrap().answered(Verdict::TooMany(pause));
+        assert_eq!(limits.request(&None, PATIENCE).await.err(), Some(Shut::ForLong(most)));
+        tokio::time::advance(Duration::from_secs(16)).await;
+        assert!(limits.request(&None, PATIENCE).await.is_ok());
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn requests_in_flight_grow_with_success_and_halve_when_they_are_too_many() {
         let limits = limits(32);
         let permits = all(&limits);

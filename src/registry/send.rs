@@ -277,7 +277,7 @@ impl Repository {
         };
         counted.came_to(&answer);
         let inner = answer?;
-        self.note_answer(&inner, &permit);
+        note_answer(&inner, &permit);
         Ok(Response { inner, permit, waited: sent.elapsed() })
     }
 
@@ -291,20 +291,6 @@ impl Repository {
             };
             Error::new(kind, request.step, host, &request.subject)
         })
-    }
-
-    /// Lets everybody in the process know how the host is doing.
-    pub(super) fn note_answer(&self, response: &reqwest::Response, permit: &Permit) {
-        let pause = header::retry_after(response.headers(), Timestamp::now());
-        let verdict = match response.status() {
-            StatusCode::TOO_MANY_REQUESTS => Verdict::TooMany(pause),
-            StatusCode::SERVICE_UNAVAILABLE => Verdict::Overloaded(pause),
-            _ => Verdict::Fine,
-        };
-        permit.answered(verdict);
-        if let Some(left) = header::quota_left(response.headers()) {
-            permit.quota_left(left);
-        }
     }
 
     /// What to send with a request, by what the host is known to ask for.
@@ -603,6 +589,20 @@ fn cause<'a, T: std::error::Error + 'static>(error: &'a (dyn std::error::Error +
         };
     }
     None
+}
+
+/// Lets everybody in the process know how the host is doing.
+pub(super) fn note_answer(response: &reqwest::Response, permit: &Permit) {
+    let pause = header::retry_after(response.headers(), Timestamp::now());
+    let verdict = match response.status() {
+        StatusCode::TOO_MANY_REQUESTS => Verdict::TooMany(pause),
+        StatusCode::SERVICE_UNAVAILABLE => Verdict::Overloaded(pause),
+        _ => Verdict::Fine,
+    };
+    permit.answered(verdict);
+    if let Some(left) = header::quota_left(response.headers()) {
+        permit.quota_left(left);
+    }
 }
 
 /// The second after such a pause from now.

@@ -4,10 +4,9 @@
 FROM rust:1.95.0-bookworm AS build
 WORKDIR /src
 COPY . .
-# --target keeps the flags away from build scripts.
 RUN --mount=type=cache,target=/usr/local/cargo/registry \
-    triple=$(rustc -vV | sed -n 's/^host: //p') \
- && RUSTFLAGS="-C target-feature=+crt-static" cargo build --release --locked --bin imagemirror --target "$triple" \
+    make release \
+ && triple=$(rustc -vV | sed -n 's/^host: //p') \
  && mkdir -p /image/etc/ssl/certs \
  && install -m 0755 "target/$triple/release/imagemirror" /image/imagemirror \
  && install -m 0644 /etc/ssl/certs/ca-certificates.crt /image/etc/ssl/certs/ca-certificates.crt \

@@ -4,10 +4,13 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 
-# The static binary is built for this machine's own triple, named so that its flags do not reach build scripts.
+# The static binary is built for this machine's own triple, named so that its flags do not reach build scripts. Where the
+# sources lie is left out of it, and what C calls today is always the same day: the same sources give the same bytes in any
+# directory, at any time (make reproducible).
 TRIPLE = $(shell rustc -vV | sed -n 's/^host: //p')
 TARGET_DIR = $(or $(CARGO_TARGET_DIR),target)
-STATIC = RUSTFLAGS="-C target-feature=+crt-static"
+STATIC = SOURCE_DATE_EPOCH=0 RUSTFLAGS="-C target-feature=+crt-static --remap-path-prefix=$(CURDIR)=/imagemirror \
+  --remap-path-prefix=$(or $(CARGO_HOME),$(HOME)/.cargo)=/cargo"
 BINARY = $(TARGET_DIR)/$(TRIPLE)/release/imagemirror
 
 CRD = crds/imagemirrors.imagemirror.dev.yaml
@@ -15,6 +18,7 @@ CHART_CRD = charts/imagemirror/files/crd.yaml
 VERSION = $(shell sed -n 's/^version = "\(.*\)"$$/\1/p' Cargo.toml | head -n 1)
 
 CARGO_DENY = 0.20.2
+CARGO_CYCLONEDX = 0.5.9
 
 # What libFuzzer needs to see which code an input reaches; none of it needs a nightly compiler.
 COVERAGE = -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
@@ -44,6 +48,12 @@ test: release ## Run every test against a real control plane and real registries
 	$(BUILD)
 	TESTENV=$(TARGET_DIR)/debug/testenv hack/image $(BINARY) $(TARGET_DIR)/image
 	$(TARGET_DIR)/debug/testenv up -- cargo test --workspace --locked
+
+# SOAK_MINUTES is 7 to 50. Nobody waits for this in CI.
+.PHONY: soak
+soak: ## Run the operator with its own timing for SOAK_MINUTES=30, with faults that last as long as real ones
+	$(BUILD)
+	$(TARGET_DIR)/debug/testenv up -- cargo test --locked --test it -- --ignored --nocapture soak
 
 .PHONY: golden
 golden: ## Write tests/golden from what the tests see now
@@ -91,6 +101,11 @@ release: ## Build the static binary
 image: release ## Assemble the container image in target/image/oci, without Docker
 	hack/image $(BINARY) $(TARGET_DIR)/image
 
+# Takes a release build more. What must be the same for it to hold: docs/releases.md.
+.PHONY: reproducible
+reproducible: image ## Build the image again elsewhere, and fail if it is another
+	hack/reproducible $(BINARY) $(TARGET_DIR)/image $(TARGET_DIR)/reproducible
+
 .PHONY: generate
 generate: ## Write the CRD from the Rust types, for crds/ and for the chart; the chart's README and schema from its values
 	mkdir -p $(dir $(CHART_CRD)) $(TARGET_DIR)
@@ -131,9 +146,22 @@ lint: ## Check the format, clippy and the documentation, with and without Kubern
 	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked
 
 .PHONY: deny
-deny: ## Check the licences and sources of all dependencies
-	command -v cargo-deny >/dev/null || cargo install --locked cargo-deny --version $(CARGO_DENY)
-	cargo deny check bans licenses sources
+deny: cargo-deny ## Check the licences, sources, build scripts and bans of all dependencies
+	cargo deny --locked check bans licenses sources
+
+.PHONY: advisories
+advisories: cargo-deny ## Check all dependencies against the advisory database, which is fetched
+	cargo deny --locked check advisories
+
+.PHONY: cargo-deny
+cargo-deny:
+	cargo deny --version 2>/dev/null | grep -qx 'cargo-deny $(CARGO_DENY)' || cargo install --locked cargo-deny --version $(CARGO_DENY)
+
+.PHONY: sbom
+sbom: ## Write target/sbom/imagemirror.cdx.json, which names all that is in the static binary (CycloneDX)
+	cargo cyclonedx --version 2>/dev/null | grep -qx 'cargo-cyclonedx-cyclonedx $(CARGO_CYCLONEDX)' \
+	  || cargo install --locked cargo-cyclonedx --version $(CARGO_CYCLONEDX)
+	hack/sbom $(TRIPLE) $(TARGET_DIR)/sbom
 
 .PHONY: tools
 tools: ## Build the programs of the test environment and print where they are

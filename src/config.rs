@@ -266,6 +266,8 @@ impl Config {
     #[must_use]
     pub fn client_options(&self) -> ClientOptions {
         let timing = registry::Timing {
+            connect: self.timing.connect_timeout,
+            pool_idle: self.timing.pool_idle_timeout,
             head: self.timing.head_timeout,
             idle: self.timing.idle_timeout,
             floor: Floor { per_second: self.limits.min_bytes_per_second, window: self.timing.floor_window },
@@ -276,7 +278,8 @@ impl Config {
             backoff_max: self.timing.backoff_max,
             tag_write: self.timing.tag_write_timeout,
             rate_pause: self.timing.rate_pause,
-            ..registry::Timing::default()
+            rate_pause_max: self.timing.rate_pause_max,
+            rate_wait_max: self.timing.rate_wait_max,
         };
         let hosts = self.registries.iter().map(|(host, registry)| (host.clone(), registry.options.clone())).collect();
         let memory = Some(self.limits.memory);
@@ -614,6 +617,7 @@ fn check_rules(timing: &Timing) -> Result<(), Wrong> {
     at_most("tagWriteTimeout", t.tag_write_timeout, "timing.tagWriteMargin less a second", before_end)?;
     at_most("retryTransientMin", t.retry_transient_min, "timing.retryTransientMax", t.retry_transient_max)?;
     at_most("apiBackoffFirst", t.api_backoff_first, "timing.apiBackoffMax", t.api_backoff_max)?;
+    at_most("ratePause", t.rate_pause, "timing.ratePauseMax", t.rate_pause_max)?;
     at_most("secretRetry", t.secret_retry, "timing.secretRetryMax", t.secret_retry_max)?;
     at_most("backoffFirst", t.backoff_first, "timing.backoffMax", t.backoff_max)
 }

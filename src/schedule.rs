@@ -10,7 +10,8 @@ use jiff::{SignedDuration, Timestamp, tz::TimeZone};
 
 use crate::reason::Retry;
 
-/// How often a healthy object runs when it does not say.
+/// How often a healthy object runs when it does not say. This and the next are what the API promises, and the same in every
+/// installation.
 pub const DEFAULT_INTERVAL: Duration = Duration::from_hours(1);
 /// The shortest interval that is accepted.
 pub const MIN_INTERVAL: Duration = Duration::from_secs(30);

@@ -90,6 +90,9 @@ fn a_duration_is_above_zero_and_has_a_unit() {
     let options = parse(text).unwrap().client_options();
     assert_eq!(options.memory, Some(8 << 20));
     let timing = options.timing;
+    // Each duration of the client has a key, with the client's own default.
+    let defaults = parse("").unwrap().client_options().timing;
+    assert_eq!(format!("{defaults:?}"), format!("{:?}", registry::Timing::default()));
     assert_eq!((timing.head, timing.backoff_first), (Duration::from_secs(90), Duration::from_millis(20)));
     assert_eq!(timing.floor, Floor { per_second: 0, window: Duration::from_secs(5) });
 }
@@ -103,6 +106,7 @@ fn durations_that_do_not_fit_together_are_refused_with_the_rule() {
             "tagWriteMargin: 13s is too long: write at most 12s, which is timing.leaseDuration less",
         ),
         ("tagWriteTimeout: 8500ms", "tagWriteTimeout: 8.5s is too long: write at most 8s, which is"),
+        ("ratePause: 2h", "ratePause: 7200s is too long: write at most 3600s, which is timing.ratePauseMax"),
         ("retryTransientMin: 20m", "retryTransientMin: 1200s is too long: write at most 900s"),
     ] {
         let found = refused(&format!("timing: {{{text}}}"));

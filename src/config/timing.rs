@@ -71,6 +71,10 @@ timing! {
     referrers_interval "referrersInterval" = Duration::from_hours(24);
     /// How long a tag is remembered that was restored from what others had written: three times, and it is left to them.
     restore_window "restoreWindow" = Duration::from_hours(24);
+    /// A connection to a registry, with the look at its name and TLS.
+    connect_timeout "connectTimeout" = Duration::from_secs(10);
+    /// How long a connection to a registry is kept that nobody uses.
+    pool_idle_timeout "poolIdleTimeout" = Duration::from_secs(20);
     /// The answer of a registry to a request without a body.
     head_timeout "headTimeout" = Duration::from_secs(30);
     /// A transfer in which no byte moves.
@@ -89,6 +93,10 @@ timing! {
     backoff_max "backoffMax" = Duration::from_secs(30);
     /// How long a registry is left alone after a first 429 that does not say for how long; it doubles.
     rate_pause "ratePause" = Duration::from_secs(10);
+    /// How long a registry can be left alone, whatever it says.
+    rate_pause_max "ratePauseMax" = Duration::from_hours(1);
+    /// A registry that wants to be left alone for longer is not waited for inside a run: its images fail and are tried again.
+    rate_wait_max "rateWaitMax" = Duration::from_mins(1);
     /// How often the files are read again that may change while the operator runs.
     config_poll "configPoll" = Duration::from_secs(30);
     /// How long runs have to end after SIGTERM.

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use crate::reason::Reason;
 
-/// Longer than any API server means it.
+/// Longer than any API server means it: they ask for seconds. A bound for nonsense, and no wait of its own.
 const MAX_RETRY_AFTER: Duration = Duration::from_mins(1);
 
 /// A reconcile that could not be carried through. The object is looked at again.

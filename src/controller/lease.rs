@@ -27,7 +27,8 @@ use crate::telemetry::server::Gates;
 /// Opens when the lease was seen for the first time, whoever holds it: a standby is ready.
 pub(super) const GATE: &str = "lease";
 const MANAGER: &str = "imagemirror";
-/// Giving up the lease is best effort and does not hold up the end of the process.
+/// Giving up the lease is best effort and does not hold up the end of the process: with `timing.shutdown` before it, it
+/// is part of the 25 s that are promised for that.
 const RELEASE_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// Which lease, for whom, and how fast.

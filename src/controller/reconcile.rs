@@ -112,6 +112,7 @@ async fn look(id: Identity, object: &Arc<Guarded>, context: &Arc<Context>) -> Re
                 None => status::settled(&validated, &current.status, now),
             };
             context.apply(&id, &mut current, status).await?;
+            // Never at once: what makes it due may be rounded.
             Ok(Requeue::requeue(wait.max(Duration::from_millis(10))))
         }
         Decision::Idle => {
@@ -138,6 +139,7 @@ pub(super) fn after_error(object: Arc<Guarded>, error: &Error, context: Arc<Cont
     }
     if error.is_conflict() {
         tracing::debug!(object, "somebody else wrote the object: looking again");
+        // For as long as the watch takes to bring what was written; a longer one would only be later.
         return Requeue::requeue(Duration::from_millis(200));
     }
     tracing::warn!(object, %error, "a reconcile failed");

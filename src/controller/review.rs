@@ -21,7 +21,8 @@ use crate::{
     telemetry::server::{METRICS_PATH, Reviewer, Verdict},
 };
 
-/// How long it is remembered that a token is good, and that it is not.
+/// How long it is remembered that a token is good, and that it is not. Longer, and a right that is taken away would be
+/// used for longer than is documented; shorter, and each scrape would be a question to the API server.
 const REMEMBER_ALLOWED: Duration = Duration::from_mins(1);
 const REMEMBER_REFUSED: Duration = Duration::from_secs(10);
 /// Tokens that are remembered at one time.

@@ -20,6 +20,7 @@ use crate::{
     sync::ImageSource,
 };
 
+/// Of `spec.timeout`: of the object, and not of the operator, as the two of `schedule`.
 const DEFAULT_TIMEOUT: Duration = Duration::from_hours(6);
 const DEFAULT_TEMPLATE: &str = "{repository}";
 /// Errors that are said at once.

@@ -48,6 +48,10 @@ pub struct Timing {
     pub backoff_max: Duration,
     /// How long a host is left alone after a first 429 that does not say for how long; later ones double.
     pub rate_pause: Duration,
+    /// How long a host is left alone at most, whatever it says.
+    pub rate_pause_max: Duration,
+    /// A host that is to be left alone for longer is not waited for.
+    pub rate_wait_max: Duration,
     /// For the write of a tag, so that it ends before another leader can begin.
     pub tag_write: Duration,
 }
@@ -66,6 +70,8 @@ impl Default for Timing {
             backoff_first: Duration::from_secs(1),
             backoff_max: Duration::from_secs(30),
             rate_pause: Duration::from_secs(10),
+            rate_pause_max: Duration::from_hours(1),
+            rate_wait_max: Duration::from_mins(1),
             tag_write: Duration::from_secs(8),
         }
     }
@@ -208,7 +214,8 @@ impl Client {
             let options = host.parse::<Host>().ok().and_then(|host| self.inner.options.hosts.get(&host).cloned());
             let options = options.unwrap_or_default();
             let counters = self.counters().map(|counters| counters.host(host));
-            Arc::new(HostLimits::new(options.requests, options.streams, options.per_second).counted(counters))
+            let pauses = self.timing().into();
+            Arc::new(HostLimits::new(options.requests, options.streams, options.per_second, pauses).counted(counters))
         }))
     }
 

@@ -17,6 +17,7 @@ use tokio::{
 };
 
 use super::{
+    client::Timing,
     counters::{HostCounters, Sent},
     spacing::{Quota, Quotas, Spacing},
 };
@@ -30,6 +31,7 @@ pub(crate) struct HostLimits {
     requests: Arc<Semaphore>,
     streams: Arc<Semaphore>,
     rate: Option<Duration>,
+    pauses: Pauses,
     state: Mutex<State>,
     counters: Option<Arc<HostCounters>>,
 }
@@ -87,16 +89,29 @@ pub(super) enum Shut {
     ForLong(Duration),
 }
 
-/// A host that wants to be left alone for longer is not waited for inside a run.
-pub(super) const LONGEST_WAIT: Duration = Duration::from_mins(1);
+/// How long a host is left alone.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Pauses {
+    /// After a first refusal without a word of how long; later ones double it.
+    pub(crate) first: Duration,
+    /// At most, whatever the host says.
+    pub(crate) most: Duration,
+    /// One that is to be left alone for longer is not waited for inside a run.
+    pub(crate) waited_for: Duration,
+}
+
+impl From<&Timing> for Pauses {
+    fn from(timing: &Timing) -> Self {
+        Self { first: timing.rate_pause, most: timing.rate_pause_max, waited_for: timing.rate_wait_max }
+    }
+}
+
 /// Refusals in a row that do not say for how long, after which nobody waits any more.
 const MAX_REFUSALS: u32 = 3;
-/// No registry may stop us for longer than this, whatever it says.
-const LONGEST_PAUSE: Duration = Duration::from_hours(1);
 
 impl HostLimits {
     /// `per_second` is how many requests may begin in a second; `None` is as many as the others allow.
-    pub(crate) fn new(requests: usize, streams: usize, per_second: Option<u32>) -> Self {
+    pub(crate) fn new(requests: usize, streams: usize, per_second: Option<u32>, pauses: Pauses) -> Self {
         let most = requests.max(1);
         let limit = most.div_ceil(2);
         let state = State {
@@ -115,6 +130,7 @@ impl HostLimits {
             requests: Arc::new(Semaphore::new(limit)),
             streams: Arc::new(Semaphore::new(streams.max(1))),
             rate: per_second.map(|rate| Duration::from_secs(1) / rate.max(1)),
+            pauses,
             state: Mutex::new(state),
             counters: None,
         }
@@ -128,8 +144,8 @@ impl HostLimits {
     /// Waits until the host may be asked with this credential, then for a place among the requests in flight. Gate
     /// first, permit second: whoever waits for a closed host holds nothing.
     ///
-    /// A host that is closed for longer than `patience`, or than a minute, is not waited for. `is_pull` says whether the
-    /// request counts where a host has a quota.
+    /// A host that is closed for longer than `patience`, or than anybody waits, is not waited for. `is_pull` says whether
+    /// the request counts where a host has a quota.
     pub(super) async fn request(
         self: &Arc<Self>,
         identity: &Identity,
@@ -140,7 +156,7 @@ impl HostLimits {
         loop {
             while let Some(until) = self.closed_until(identity) {
                 let pause = until.saturating_duration_since(Instant::now());
-                if pause > LONGEST_WAIT || self.state().refusals > MAX_REFUSALS {
+                if pause > self.pauses.waited_for || self.state().refusals > MAX_REFUSALS {
                     return Err(Shut::ForLong(pause));
                 }
                 if pause > patience {
@@ -172,7 +188,7 @@ impl HostLimits {
                 Some(turn) => {
                     drop(inner);
                     let pause = turn.saturating_duration_since(Instant::now());
-                    if pause > LONGEST_WAIT {
+                    if pause > self.pauses.waited_for {
                         return Err(Shut::ForLong(pause));
                     }
                     wait.begins();
@@ -241,7 +257,7 @@ impl State {
     /// A later end wins over an earlier one.
     fn close(&mut self, gate: Gate, pause: Duration) {
         let now = Instant::now();
-        let until = now + pause.min(LONGEST_PAUSE);
+        let until = now + pause;
         self.closed.retain(|_, until| *until > now);
         let closed = self.closed.entry(gate).or_insert(until);
         *closed = until.max(*closed);
@@ -289,9 +305,9 @@ impl Permit {
         }
     }
 
-    /// Takes in what the answer to this request says. `first_pause` is how long a first refusal without a word of how
-    /// long closes the host; later ones double it.
-    pub(super) fn answered(&self, verdict: Verdict, first_pause: Duration) {
+    /// Takes in what the answer to this request says.
+    pub(super) fn answered(&self, verdict: Verdict) {
+        let pauses = self.limits.pauses;
         let mut state = self.limits.state();
         let less = match verdict {
             Verdict::Fine => {
@@ -304,14 +320,14 @@ impl Permit {
             Verdict::TooMany(pause) => {
                 let pause = pause.unwrap_or_else(|| {
                     state.refusals = (state.refusals + 1).min(16);
-                    first_pause.saturating_mul(1 << (state.refusals - 1))
+                    pauses.first.saturating_mul(1 << (state.refusals - 1))
                 });
-                state.close(Gate::Identity(self.identity.clone()), pause);
+                state.close(Gate::Identity(self.identity.clone()), pause.min(pauses.most));
                 state.halve(self.epoch)
             }
             Verdict::Overloaded(pause) => {
                 if let Some(pause) = pause {
-                    state.close(Gate::Host, pause);
+                    state.close(Gate::Host, pause.min(pauses.most));
                 }
                 state.halve(self.epoch)
             }
@@ -338,32 +354,37 @@ mod tests {
 
     use super::*;
 
-    const PAUSE: Duration = Duration::from_secs(10);
+    /// As long as anybody is waited for.
+    const PATIENCE: Duration = Duration::MAX;
+
+    fn pauses() -> Pauses {
+        (&Timing::default()).into()
+    }
 
     fn limits(requests: usize) -> Arc<HostLimits> {
-        Arc::new(HostLimits::new(requests, 1, None))
+        Arc::new(HostLimits::new(requests, 1, None, pauses()))
     }
 
     /// All that can be had without waiting.
     fn all(limits: &Arc<HostLimits>) -> Vec<Permit> {
-        std::iter::from_fn(|| limits.request(&None, false, LONGEST_WAIT).now_or_never()).map(Result::unwrap).collect()
+        std::iter::from_fn(|| limits.request(&None, false, PATIENCE).now_or_never()).map(Result::unwrap).collect()
     }
 
     fn all_answered(permits: &[Permit], verdict: Verdict) {
         for permit in permits {
-            permit.answered(verdict, PAUSE);
+            permit.answered(verdict);
         }
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_closed_host_is_left_alone_by_everybody_until_it_opens() {
         let limits = limits(4);
-        let permit = limits.request(&None, false, LONGEST_WAIT).await.unwrap();
-        permit.answered(Verdict::Overloaded(Some(Duration::from_secs(59))), PAUSE);
-        permit.answered(Verdict::Overloaded(Some(Duration::from_secs(10))), PAUSE);
+        let permit = limits.request(&None, false, PATIENCE).await.unwrap();
+        permit.answered(Verdict::Overloaded(Some(Duration::from_secs(59))));
+        permit.answered(Verdict::Overloaded(Some(Duration::from_secs(10))));
         drop(permit);
         let before = Instant::now();
-        let _first = limits.request(&Some(Digest::sha256(b"one")), false, LONGEST_WAIT).await;
+        let _first = limits.request(&Some(Digest::sha256(b"one")), false, PATIENCE).await;
         assert!(before.elapsed() >= Duration::from_secs(59));
     }
 
@@ -371,14 +392,10 @@ mod tests {
     async fn too_many_requests_are_the_matter_of_one_credential() {
         let limits = limits(4);
         let one = Some(Digest::sha256(b"one"));
-        limits
-            .request(&one, false, LONGEST_WAIT)
-            .await
-            .unwrap()
-            .answered(Verdict::TooMany(Some(Duration::from_mins(10))), PAUSE);
-        let shut = limits.request(&one, false, LONGEST_WAIT).await.err();
+        limits.request(&one, false, PATIENCE).await.unwrap().answered(Verdict::TooMany(Some(Duration::from_mins(10))));
+        let shut = limits.request(&one, false, PATIENCE).await.err();
         assert!(matches!(shut, Some(Shut::ForLong(pause)) if pause > Duration::from_mins(9)), "{shut:?}");
-        assert!(limits.request(&None, false, LONGEST_WAIT).now_or_never().is_some_and(|permit| permit.is_ok()));
+        assert!(limits.request(&None, false, PATIENCE).now_or_never().is_some_and(|permit| permit.is_ok()));
         assert!(limits.is_closed());
     }
 
@@ -386,24 +403,35 @@ mod tests {
     async fn a_refusal_that_names_no_time_closes_for_longer_each_time() {
         let limits = limits(4);
         let before = Instant::now();
-        let mut permit = limits.request(&None, false, LONGEST_WAIT).await.unwrap();
+        let mut permit = limits.request(&None, false, PATIENCE).await.unwrap();
         for expected in [10, 30, 70] {
-            permit.answered(Verdict::TooMany(None), PAUSE);
+            permit.answered(Verdict::TooMany(None));
             drop(permit);
-            permit = limits.request(&None, false, LONGEST_WAIT).await.unwrap();
+            permit = limits.request(&None, false, PATIENCE).await.unwrap();
             assert_eq!(before.elapsed().as_secs(), expected);
         }
-        permit.answered(Verdict::TooMany(None), PAUSE);
-        assert!(limits.request(&None, false, LONGEST_WAIT).await.is_err(), "the fourth time nobody waits");
+        permit.answered(Verdict::TooMany(None));
+        assert!(limits.request(&None, false, PATIENCE).await.is_err(), "the fourth time nobody waits");
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_pause_is_never_longer_than_an_hour() {
         let limits = limits(1);
         let pause = Some(Duration::from_secs(1_000_000_000));
-        limits.request(&None, false, LONGEST_WAIT).await.unwrap().answered(Verdict::Overloaded(pause), PAUSE);
-        let shut = limits.request(&None, false, LONGEST_WAIT).await.err();
-        assert!(matches!(shut, Some(Shut::ForLong(pause)) if pause <= LONGEST_PAUSE), "{shut:?}");
+        limits.request(&None, false, PATIENCE).await.unwrap().answered(Verdict::Overloaded(pause));
+        let shut = limits.request(&None, false, PATIENCE).await.err();
+        assert!(matches!(shut, Some(Shut::ForLong(pause)) if pause <= Duration::from_hours(1)), "{shut:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn how_long_a_host_is_left_alone_and_waited_for_can_be_set() {
+        let (most, waited_for) = (Duration::from_secs(20), Duration::from_secs(5));
+        let limits = Arc::new(HostLimits::new(4, 1, None, Pauses { most, waited_for, ..pauses() }));
+        let pause = Some(Duration::from_mins(10));
+        limits.request(&None, false, PATIENCE).await.unwrap().answered(Verdict::TooMany(pause));
+        assert_eq!(limits.request(&None, false, PATIENCE).await.err(), Some(Shut::ForLong(most)));
+        tokio::time::advance(Duration::from_secs(16)).await;
+        assert!(limits.request(&None, false, PATIENCE).await.is_ok());
     }
 
     #[tokio::test(start_paused = true)]
@@ -430,18 +458,18 @@ mod tests {
     async fn one_request_always_remains() {
         let limits = limits(2);
         for _ in 0..5 {
-            limits.request(&None, false, LONGEST_WAIT).await.unwrap().answered(Verdict::Overloaded(None), PAUSE);
+            limits.request(&None, false, PATIENCE).await.unwrap().answered(Verdict::Overloaded(None));
         }
         assert_eq!(all(&limits).len(), 1);
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_rate_lets_a_second_of_requests_go_at_once_and_then_spreads_them() {
-        let limits = Arc::new(HostLimits::new(32, 1, Some(10)));
+        let limits = Arc::new(HostLimits::new(32, 1, Some(10), pauses()));
         tokio::time::advance(Duration::from_mins(1)).await;
         let before = Instant::now();
         for _ in 0..30 {
-            limits.request(&None, false, LONGEST_WAIT).await.unwrap();
+            limits.request(&None, false, PATIENCE).await.unwrap();
         }
         let took = before.elapsed();
         assert!((1900..=2100).contains(&took.as_millis()), "{took:?}");

@@ -23,7 +23,6 @@ use super::{
     error::{Error, ErrorKind, Step},
     header::{content_digest, content_range, lists_by_subject},
     known::Known,
-    limits::LONGEST_WAIT,
     pace::Pace,
     proxy::Proxy,
     send::{Authorization, Request, Response, host_of},
@@ -272,7 +271,7 @@ impl Repository {
     /// The size of a blob.
     pub(super) async fn blob_size(&self, descriptor: &Descriptor) -> Result<u64, Error> {
         let pace = Arc::new(Pace::new(self.client().timing().floor));
-        Ok(self.blob(descriptor, 0, &pace, LONGEST_WAIT).await?.0)
+        Ok(self.blob(descriptor, 0, &pace, Duration::MAX).await?.0)
     }
 
     /// The bytes of a blob from `offset` on, and the size of the whole, from a registry that does not want to be left

@@ -22,7 +22,7 @@ use url::Url;
 use super::{
     error::{CertificateProblem, Error, ErrorKind, Step, parse_envelope},
     header,
-    limits::{Identity, LONGEST_WAIT, Permit, Shut, Verdict},
+    limits::{Identity, Permit, Shut, Verdict},
     memory::Room,
     network::Denied,
     pace::Pace,
@@ -52,14 +52,14 @@ pub(super) struct Request {
     pub(super) body: Bytes,
     /// What a token for it must grant, where that is not what the repository needs otherwise.
     pub(super) scope: Option<Scope>,
-    /// How long a host that wants to be left alone is waited for.
+    /// How long a host that wants to be left alone is waited for, where that is less than everybody waits.
     pub(super) patience: Duration,
 }
 
 impl Request {
     pub(super) fn new(step: Step, method: Method, url: Url, subject: impl Into<String>) -> Self {
         let (headers, body) = (HeaderMap::new(), Bytes::new());
-        Self { step, method, url, subject: subject.into(), headers, body, scope: None, patience: LONGEST_WAIT }
+        Self { step, method, url, subject: subject.into(), headers, body, scope: None, patience: Duration::MAX }
     }
 }
 
@@ -277,7 +277,7 @@ impl Repository {
         };
         counted.came_to(&answer);
         let inner = answer?;
-        self.note_answer(&inner, &permit);
+        note_answer(&inner, &permit);
         Ok(Response { inner, permit, waited: sent.elapsed() })
     }
 
@@ -293,20 +293,6 @@ impl Repository {
             };
             Error::new(kind, request.step, host, &request.subject)
         })
-    }
-
-    /// Lets everybody in the process know how the host is doing.
-    pub(super) fn note_answer(&self, response: &reqwest::Response, permit: &Permit) {
-        let pause = header::retry_after(response.headers(), Timestamp::now());
-        let verdict = match response.status() {
-            StatusCode::TOO_MANY_REQUESTS => Verdict::TooMany(pause),
-            StatusCode::SERVICE_UNAVAILABLE => Verdict::Overloaded(pause),
-            _ => Verdict::Fine,
-        };
-        permit.answered(verdict, self.client().timing().rate_pause);
-        if let Some(quota) = header::quota(response.headers()) {
-            permit.learn_quota(quota);
-        }
     }
 
     /// What to send with a request, by what the host is known to ask for.
@@ -605,6 +591,20 @@ fn cause<'a, T: std::error::Error + 'static>(error: &'a (dyn std::error::Error +
         };
     }
     None
+}
+
+/// Lets everybody in the process know how the host is doing.
+pub(super) fn note_answer(response: &reqwest::Response, permit: &Permit) {
+    let pause = header::retry_after(response.headers(), Timestamp::now());
+    let verdict = match response.status() {
+        StatusCode::TOO_MANY_REQUESTS => Verdict::TooMany(pause),
+        StatusCode::SERVICE_UNAVAILABLE => Verdict::Overloaded(pause),
+        _ => Verdict::Fine,
+    };
+    permit.answered(verdict);
+    if let Some(quota) = header::quota(response.headers()) {
+        permit.learn_quota(quota);
+    }
 }
 
 /// The second after such a pause from now.

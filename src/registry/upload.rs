@@ -20,7 +20,7 @@ use super::{
     header,
     pace::Pace,
     repository::Repository,
-    send::{Authorization, Request, Response, host_of, transport_error},
+    send::{Authorization, Request, Response, host_of, note_answer, transport_error},
 };
 use crate::{
     auth::Scope,
@@ -274,7 +274,7 @@ impl Upload {
         };
         counted.came_to(&answer);
         let inner = answer?;
-        repository.note_answer(&inner, &permit);
+        note_answer(&inner, &permit);
         let response = Response { inner, permit, waited: Duration::ZERO };
         if !response.inner.status().is_success() {
             return Err(repository.status_error(&request, response).await);

@@ -35,11 +35,12 @@ use tokio_util::sync::CancellationToken;
 
 use super::tls::Secured;
 
-/// A connection lives this long: it is the time for one request, its answer included.
+/// A connection lives this long: it is the time for one request, its answer included. Kubelets and Prometheus give up
+/// earlier by default, so that nobody has a use for another.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 /// Connections at one time. More wait in the kernel's queue.
 const MAX_CONNECTIONS: usize = 64;
-/// How long requests that are under way hold up the end.
+/// How long requests that are under way hold up the end. It is part of the 25 s that are promised for the end.
 const DRAIN: Duration = Duration::from_secs(1);
 const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 

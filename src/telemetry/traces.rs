@@ -20,7 +20,7 @@ use tracing_subscriber::{Layer as _, filter::filter_fn};
 
 use super::logging::Further;
 
-/// For a request to the collector.
+/// For a request to the collector. The default of the OpenTelemetry specification; what is late is lost, and nobody waits.
 const TIMEOUT: Duration = Duration::from_secs(10);
 /// An answer is read this far.
 const MAX_ANSWER: usize = 64 << 10;

@@ -227,8 +227,8 @@ pub(super) enum Side {
 }
 
 /// One row of the catalogue.
-pub(super) struct Row {
-    pub(super) id: String,
+pub(crate) struct Row {
+    pub(crate) id: String,
     pub(super) what: String,
     pub(super) run: Box<dyn FnOnce(Bench) -> LocalBoxFuture<'static, Result<()>>>,
 }

@@ -177,6 +177,7 @@ fn documents() -> Vec<Row> {
             .fails(&[Reason::SourceNotFound, Reason::SourceUnavailable])
             .into(),
     );
+    rows.push(row("T6-body", "an answer of another service is not repeated", reflected));
     rows.push(row("T16-deep", "indexes in indexes, ten deep", |bench| async move {
         let image = (0..10).fold(Image::single(421, &[10]), |image, _| index_of(&image, 1));
         nested(&bench, &image, true).await
@@ -189,6 +190,26 @@ fn documents() -> Vec<Row> {
         nested(&bench, &image, false).await
     }));
     rows
+}
+
+/// What is no error of a registry stays where it was read, also in the words of one; what is one is cut.
+async fn reflected(bench: Bench) -> Result<()> {
+    let (secret, long) = ("the-service-has-said", "word ".repeat(200) + "the-service-has-said");
+    let error = |text: &str| json!({"errors": [{"code": "MANIFEST_UNKNOWN", "message": text}]}).to_string();
+    for body in [
+        secret.to_owned(),
+        json!({"token": secret, "message": secret}).to_string(),
+        error(&format!("see https://h/?token={secret}")),
+        error(&long),
+    ] {
+        bench.source.clear();
+        bench.source.rule(get_manifest("1"), Action::respond(404).body(body.clone()));
+        let report = bench.copy().await?;
+        let message = report.failed().next().map(|(_, failure)| failure.message.clone()).unwrap_or_default();
+        ensure!(message.contains("404") && !message.contains(secret), "{body}: {message}");
+        bench.failed(&report, &[Reason::SourceNotFound], None).await?;
+    }
+    Ok(())
 }
 
 /// An index that names the image's root so many times.

@@ -2,7 +2,6 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
-    io::Read as _,
     path::PathBuf,
 };
 
@@ -13,7 +12,7 @@ use k8s_openapi::{
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use super::Failure;
+use super::{Failure, read_text};
 use crate::{
     api::{
         ImageMirror,
@@ -52,16 +51,13 @@ impl Documents {
     }
 
     fn read(&mut self, file: &PathBuf) -> Result<(), Failure> {
-        let shown = file.display();
-        let text = if file.as_os_str() == "-" {
-            let mut text = String::new();
-            std::io::stdin().read_to_string(&mut text).map(|_| text)
-        } else {
-            std::fs::read_to_string(file)
-        };
-        let text = text.map_err(|error| Failure::Usage(format!("{shown} cannot be read: {error}")))?;
+        self.parse(&read_text(file)?, &file.display().to_string())
+    }
+
+    /// Reads the text of a file that is called `shown`.
+    pub(super) fn parse(&mut self, text: &str, shown: &str) -> Result<(), Failure> {
         let documents: Vec<Value> =
-            serde_saphyr::from_multiple(&text).map_err(|_| Failure::Usage(format!("{shown} is not valid YAML")))?;
+            serde_saphyr::from_multiple(text).map_err(|_| Failure::Usage(format!("{shown} is not valid YAML")))?;
         for (number, document) in documents.into_iter().enumerate() {
             if document.is_null() {
                 continue;

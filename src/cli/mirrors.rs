@@ -8,12 +8,12 @@ use std::{
     path::PathBuf,
 };
 
-use clap::{Args, ValueEnum};
+use clap::Args;
 use docker_credential::{CredentialRetrievalError, DockerCredential};
 use serde::Serialize;
 use tokio_util::sync::CancellationToken;
 
-use super::{Failure, documents::Documents, signals};
+use super::{Failure, Output, documents::Documents, signals};
 use crate::{
     auth::{Credential, CredentialStore},
     mirror::{Prepared, Secrets, ValidatedMirror, prepare},
@@ -37,15 +37,6 @@ pub(super) struct MirrorArguments {
     /// How the report is written to standard output.
     #[arg(short, long, value_enum, default_value_t = Output::Text)]
     pub(super) output: Output,
-}
-
-/// How a report is written.
-#[derive(Clone, Copy, Debug, ValueEnum)]
-pub(super) enum Output {
-    /// One line for each image.
-    Text,
-    /// One JSON document.
-    Json,
 }
 
 /// What came of one mirror.
@@ -72,10 +63,10 @@ impl Mirrors {
         Ok(Self { documents, layouts: Layouts::of(arguments)?, validated })
     }
 
-    /// Carries each out with `run`, which gives nothing when it is interrupted.
+    /// Carries each out with `run`, which is given its name, and gives nothing when it is interrupted.
     pub(super) async fn each<R>(
         &self,
-        run: impl AsyncFn(&Client, &SyncRequest, &Registries, &CancellationToken) -> Option<R>,
+        run: impl AsyncFn(&str, &Client, (&SyncRequest, &Registries), &CancellationToken) -> Option<R>,
     ) -> Result<Vec<Outcome<R>>, Failure> {
         let cancel = signals();
         let client = Client::new(ClientOptions::default());
@@ -84,7 +75,8 @@ impl Mirrors {
         let mut outcomes = Vec::new();
         for mirror in &self.validated {
             let (request, registries) = self.request(mirror, &client, &cancel).await?;
-            let report = run(&client, &request, &registries, &cancel).await.ok_or(Failure::Interrupted)?;
+            let report =
+                run(&mirror.name, &client, (&request, &registries), &cancel).await.ok_or(Failure::Interrupted)?;
             outcomes.push(Outcome { namespace: mirror.namespace.clone(), name: mirror.name.clone(), report });
         }
         Ok(outcomes)

@@ -9,17 +9,25 @@
 //! | 4 | there is something to do, says a plan |
 //! | 130 | interrupted |
 
+mod completion;
 mod crd;
 mod documents;
+mod import;
 mod mirrors;
 mod operator;
 mod plan;
+mod progress;
 mod sync;
 mod validate;
 
-use std::{ffi::OsString, process::ExitCode};
+use std::{
+    ffi::OsString,
+    io::{Read as _, Write as _},
+    path::Path,
+    process::ExitCode,
+};
 
-use clap::{Parser, Subcommand};
+use clap::{Parser, Subcommand, ValueEnum};
 
 use crate::telemetry::logging::{self, Format};
 
@@ -42,13 +50,17 @@ enum Command {
     /// Run the Kubernetes operator.
     Operator(operator::Arguments),
     /// Sync the ImageMirrors in the files once, without Kubernetes.
-    Sync(mirrors::MirrorArguments),
+    Sync(sync::Arguments),
     /// Say what a sync of the ImageMirrors in the files would do, and why; change nothing.
     Plan(mirrors::MirrorArguments),
     /// Check the ImageMirrors in the files as the API server and the operator do, without either.
     Validate(validate::Arguments),
+    /// Turn the configuration of another program into ImageMirrors, with comments where something has no equal.
+    Import(import::Arguments),
     /// Print the CustomResourceDefinition.
     Crd,
+    /// Print what makes a shell complete the arguments.
+    Completion(completion::Arguments),
 }
 
 /// Why a command ended, other than well.
@@ -102,7 +114,9 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Sync(arguments) => logs(log_format, log_level).and_then(|()| sync::run(&arguments)),
         Command::Plan(arguments) => logs(log_format, log_level).and_then(|()| plan::run(&arguments)),
         Command::Validate(arguments) => validate::run(&arguments),
+        Command::Import(arguments) => import::run(&arguments),
         Command::Crd => crd::run(),
+        Command::Completion(arguments) => completion::run(&arguments),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -123,10 +137,49 @@ fn logs(format: Option<Format>, level: Option<String>) -> Result<(), Failure> {
         .map_err(|error| Failure::Usage(error.to_string()))
 }
 
+/// How a report is written to standard output.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Output {
+    /// For people.
+    Text,
+    /// One JSON document.
+    Json,
+}
+
 fn print_json(value: &serde_json::Value) -> Result<(), Failure> {
     let json = serde_json::to_string_pretty(value).map_err(|error| Failure::Failed(error.to_string()))?;
-    println!("{json}");
+    say(&format!("{json}\n"));
     Ok(())
+}
+
+/// The text of a file, or of standard input for `-`.
+fn read_text(file: &Path) -> Result<String, Failure> {
+    let text = if file.as_os_str() == "-" {
+        let mut text = String::new();
+        std::io::stdin().read_to_string(&mut text).map(|_| text)
+    } else {
+        std::fs::read_to_string(file)
+    };
+    text.map_err(|error| Failure::Usage(format!("{} cannot be read: {error}; name a file that can", file.display())))
+}
+
+/// Writes to standard output. A reader who has gone away (`imagemirror sync | head`) does not end the work.
+fn say(text: &str) {
+    let mut out = std::io::stdout().lock();
+    let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+}
+
+/// Bytes as people read them: three digits or so, and a unit.
+fn bytes(count: u64) -> String {
+    const UNITS: [(u64, &str); 4] =
+        [(1_000_000_000_000, "TB"), (1_000_000_000, "GB"), (1_000_000, "MB"), (1_000, "kB")];
+    match UNITS.into_iter().find(|(size, _)| count >= *size) {
+        Some((size, unit)) => {
+            let tenths = u128::from(count) * 10 / u128::from(size);
+            format!("{}.{} {unit}", tenths / 10, tenths % 10)
+        }
+        None => format!("{count} B"),
+    }
 }
 
 fn runtime() -> Result<tokio::runtime::Runtime, Failure> {
@@ -161,5 +214,14 @@ mod tests {
     fn the_arguments_are_consistent() {
         use clap::CommandFactory as _;
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn bytes_have_the_unit_that_suits_them() {
+        for (count, said) in
+            [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (47_690_000, "47.6 MB"), (u64::MAX, "18446744.0 TB")]
+        {
+            assert_eq!(bytes(count), said);
+        }
     }
 }

@@ -48,6 +48,12 @@ pub(super) struct Outcome<R> {
     pub(super) report: R,
 }
 
+impl<R> Outcome<R> {
+    pub(super) fn new(mirror: &ValidatedMirror, report: R) -> Self {
+        Self { namespace: mirror.namespace.clone(), name: mirror.name.clone(), report }
+    }
+}
+
 /// The mirrors of a command, ready to be carried out one after the other.
 pub(super) struct Mirrors {
     documents: Documents,
@@ -77,7 +83,7 @@ impl Mirrors {
             let (request, registries) = self.request(mirror, &client, &cancel).await?;
             let report =
                 run(&mirror.name, &client, (&request, &registries), &cancel).await.ok_or(Failure::Interrupted)?;
-            outcomes.push(Outcome { namespace: mirror.namespace.clone(), name: mirror.name.clone(), report });
+            outcomes.push(Outcome::new(mirror, report));
         }
         Ok(outcomes)
     }

@@ -16,12 +16,13 @@ mod import;
 mod mirrors;
 mod operator;
 mod plan;
+mod plugin;
 mod progress;
 mod sync;
 mod validate;
 
 use std::{
-    ffi::OsString,
+    ffi::{OsStr, OsString},
     io::{Read as _, Write as _},
     path::Path,
     process::ExitCode,
@@ -84,6 +85,9 @@ enum Failure {
     /// Ctrl-C.
     #[error("interrupted; what was begun at the target has been given up")]
     Interrupted,
+    /// Ctrl-C while something goes on elsewhere.
+    #[error("interrupted; the sync goes on in the cluster")]
+    StoppedWaiting,
 }
 
 impl Failure {
@@ -93,23 +97,27 @@ impl Failure {
             Self::Usage(_) => 2,
             Self::Drift => 3,
             Self::Work => 4,
-            Self::Interrupted => 130,
+            Self::Interrupted | Self::StoppedWaiting => 130,
         }
     }
 }
 
-/// Runs the command that the arguments name. Errors go to standard error as one line.
+/// Runs the command that the arguments name: the plugin's if the program is called by the plugin's name. Errors go to
+/// standard error as one line.
 pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
-    let cli = match Cli::try_parse_from(arguments) {
-        Ok(cli) => cli,
-        Err(error) => {
-            // Help and version are no errors: clap knows, and prints to the right stream.
-            let _ = error.print();
-            return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
-        }
-    };
+    let arguments: Vec<OsString> = arguments.into_iter().collect();
+    let called = arguments.first().map(Path::new).and_then(Path::file_stem);
+    if called == Some(OsStr::new(plugin::NAME)) {
+        return end("kubectl imagemirror", plugin::Plugin::try_parse_from(arguments), |plugin| {
+            logs(None, None).and_then(|()| plugin::run(plugin))
+        });
+    }
+    end("imagemirror", Cli::try_parse_from(arguments), dispatch)
+}
+
+fn dispatch(cli: Cli) -> Result<(), Failure> {
     let Cli { command, log_format, log_level } = cli;
-    let result = match command {
+    match command {
         Command::Operator(arguments) => operator::run(arguments, log_format, log_level),
         Command::Sync(arguments) => logs(log_format, log_level).and_then(|()| sync::run(&arguments)),
         Command::Plan(arguments) => logs(log_format, log_level).and_then(|()| plan::run(&arguments)),
@@ -117,12 +125,24 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Import(arguments) => import::run(&arguments),
         Command::Crd => crd::run(),
         Command::Completion(arguments) => completion::run(&arguments),
+    }
+}
+
+/// Runs what was parsed, and says what went wrong.
+fn end<T>(name: &str, parsed: Result<T, clap::Error>, run: impl FnOnce(T) -> Result<(), Failure>) -> ExitCode {
+    let parsed = match parsed {
+        Ok(parsed) => parsed,
+        Err(error) => {
+            // Help and version are no errors: clap knows, and prints to the right stream.
+            let _ = error.print();
+            return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
+        }
     };
-    match result {
+    match run(parsed) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
             if !matches!(failure, Failure::Reported | Failure::Work) {
-                eprintln!("imagemirror: {failure}");
+                eprintln!("{name}: {failure}");
             }
             ExitCode::from(failure.code())
         }

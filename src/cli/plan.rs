@@ -20,9 +20,13 @@ pub(super) fn run(arguments: &MirrorArguments) -> Result<(), Failure> {
 async fn plan_all(mirrors: &Mirrors, output: Output) -> Result<(), Failure> {
     let outcomes = mirrors
         .each(async |_, client, (request, registries), cancel| preview(client, request, registries, cancel).await);
-    let outcomes = outcomes.await?;
+    report(&outcomes.await?, output)
+}
+
+/// Prints what a sync would do; the error says what that means for the exit code.
+pub(super) fn report(outcomes: &[Outcome<Preview>], output: Output) -> Result<(), Failure> {
     match output {
-        Output::Text => say(&text(&outcomes)),
+        Output::Text => say(&text(outcomes)),
         Output::Json => print_json(&serde_json::json!({ "mirrors": outcomes }))?,
     }
     let mut images = outcomes.iter().flat_map(|outcome| &outcome.report.images);

@@ -1,9 +1,9 @@
-//! `imagemirror completion SHELL`: what makes a shell complete the arguments, of the program and of the plugin.
+//! `imagemirror completion SHELL`: what makes a shell complete the arguments, for the program.
 
 use clap::{Args, Command, CommandFactory as _};
 use clap_complete::{Shell, generate};
 
-use super::{Cli, Failure, say};
+use super::{Cli, say};
 
 #[derive(Debug, Args)]
 pub(super) struct Arguments {
@@ -12,9 +12,8 @@ pub(super) struct Arguments {
     shell: Shell,
 }
 
-pub(super) fn run(arguments: &Arguments) -> Result<(), Failure> {
+pub(super) fn run(arguments: &Arguments) {
     say(&script(arguments.shell, &mut Cli::command()));
-    Ok(())
 }
 
 fn script(shell: Shell, command: &mut Command) -> String {

@@ -114,7 +114,7 @@ struct Layouts {
 impl Layouts {
     fn of(arguments: &MirrorArguments) -> Result<Self, Failure> {
         if arguments.from.is_some() && arguments.from == arguments.to {
-            return Err(Failure::Usage("--from and --to name the same directory".into()));
+            return Err(Failure::Usage("--from and --to name the same directory; write to another one".into()));
         }
         let usage = |error: LayoutError| Failure::Usage(error.to_string());
         let from = arguments.from.as_deref().map(Layout::open).transpose().map_err(usage)?;
@@ -166,6 +166,7 @@ fn with_docker_configuration(mirror: &ValidatedMirror) -> Result<Prepared, Failu
 /// The user's login for a registry, if there is one.
 fn docker_login(host: &Host) -> Result<Option<CredentialStore>, Failure> {
     const ORIGIN: &str = "the Docker configuration";
+    const LOG_IN: &str = "log in again, or add Secrets to the files";
     let server = if host.as_str() == Host::DOCKER_HUB { "https://index.docker.io/v1/" } else { host.as_str() };
     match docker_credential::get_credential(server) {
         Ok(DockerCredential::UsernamePassword(username, password)) => {
@@ -186,9 +187,9 @@ fn docker_login(host: &Host) -> Result<Option<CredentialStore>, Failure> {
         Err(CredentialRetrievalError::HelperFailure { stdout, .. }) if stdout.contains("credentials not found") => {
             Ok(None)
         }
-        Err(CredentialRetrievalError::HelperFailure { helper, .. }) => {
-            Err(Failure::Usage(format!("{ORIGIN} gives no login for {host}: the credential helper {helper} failed")))
-        }
-        Err(error) => Err(Failure::Usage(format!("{ORIGIN} gives no login for {host}: {error}"))),
+        Err(CredentialRetrievalError::HelperFailure { helper, .. }) => Err(Failure::Usage(format!(
+            "{ORIGIN} gives no login for {host}: the credential helper {helper} failed; {LOG_IN}"
+        ))),
+        Err(error) => Err(Failure::Usage(format!("{ORIGIN} gives no login for {host}: {error}; {LOG_IN}"))),
     }
 }

@@ -77,7 +77,7 @@ enum Failure {
     #[error("failed")]
     Reported,
     /// Some tags were left as they are.
-    #[error("some tags at the target were not written here, and were left")]
+    #[error("some tags at the target were not written here, and were left; policy.overwrite: Always writes them")]
     Drift,
     /// A plan has something to do.
     #[error("there is something to do")]
@@ -109,7 +109,8 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     let called = arguments.first().map(Path::new).and_then(Path::file_stem);
     if called == Some(OsStr::new(plugin::NAME)) {
         return end("kubectl imagemirror", plugin::Plugin::try_parse_from(arguments), |plugin| {
-            logs(None, None).and_then(|()| plugin::run(plugin))
+            // What the client of the API server logs is said in the error, too.
+            logs(None, Some("error,kube_client=off".to_owned())).and_then(|()| plugin::run(plugin))
         });
     }
     end("imagemirror", Cli::try_parse_from(arguments), dispatch)
@@ -124,7 +125,10 @@ fn dispatch(cli: Cli) -> Result<(), Failure> {
         Command::Validate(arguments) => validate::run(&arguments),
         Command::Import(arguments) => import::run(&arguments),
         Command::Crd => crd::run(),
-        Command::Completion(arguments) => completion::run(&arguments),
+        Command::Completion(arguments) => {
+            completion::run(&arguments);
+            Ok(())
+        }
     }
 }
 
@@ -204,7 +208,9 @@ fn bytes(count: u64) -> String {
 
 fn runtime() -> Result<tokio::runtime::Runtime, Failure> {
     let builder = tokio::runtime::Builder::new_multi_thread().enable_all().build();
-    builder.map_err(|error| Failure::Failed(format!("the runtime could not be started: {error}")))
+    builder.map_err(|error| {
+        Failure::Failed(format!("the runtime could not be started: {error}; see how many threads the user may have"))
+    })
 }
 
 /// A token that SIGINT and SIGTERM cancel.

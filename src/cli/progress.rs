@@ -58,7 +58,7 @@ pub(super) struct Screen {
 }
 
 enum How {
-    Bars(Bars),
+    Bars(Box<Bars>),
     Lines,
     Silent,
 }
@@ -84,8 +84,8 @@ impl Screen {
     pub(super) fn new(name: &str, style: Style, output: Output, line: fn(&ImageReport) -> String) -> Self {
         let terminal = Term::stderr();
         let how = match style {
-            Style::Auto if std::io::stderr().is_terminal() => How::Bars(Bars::on(&terminal)),
-            Style::Bars => How::Bars(Bars::on(&terminal)),
+            Style::Auto if std::io::stderr().is_terminal() => How::Bars(Box::new(Bars::on(&terminal))),
+            Style::Bars => How::Bars(Box::new(Bars::on(&terminal))),
             Style::Auto | Style::Plain => How::Lines,
             Style::None => How::Silent,
         };

@@ -110,7 +110,10 @@ pub(crate) fn not_found(name: &str) -> Problem {
 }
 
 fn invalid(name: &str, what: &str) -> Problem {
-    Problem { reason: Reason::SecretInvalid, message: format!("Secret {name:?} cannot be used: {what}") }
+    Problem {
+        reason: Reason::SecretInvalid,
+        message: format!("Secret {name:?} cannot be used: {what}; correct it, or name another in the spec"),
+    }
 }
 
 /// Reads a Secret as credentials.

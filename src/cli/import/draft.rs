@@ -18,7 +18,7 @@ const MAX_NAME: usize = 46;
 /// All objects that come of a file.
 #[derive(Default)]
 pub(super) struct Drafts {
-    drafts: Vec<Draft>,
+    objects: Vec<Draft>,
     /// What is about no object.
     notes: Vec<String>,
     /// Who wants which target tag.
@@ -58,7 +58,7 @@ impl Drafts {
     }
 
     pub(super) fn are_empty(&self) -> bool {
-        self.drafts.is_empty()
+        self.objects.is_empty()
     }
 
     /// Adds an image, if it is valid and nobody else wants its target. `at` says where it stands in the file.
@@ -79,7 +79,7 @@ impl Drafts {
         let targets = validated.images.iter().map(|image| (validated.target_of(image), at.to_owned()));
         self.wanted.extend(targets);
         let hosts = validated.source_hosts().chain([&validated.target_host]).map(ToString::to_string).collect();
-        let draft = self.drafts.iter_mut().find(|draft| draft.base == base && draft.images.len() < MAX_IMAGES);
+        let draft = self.objects.iter_mut().find(|draft| draft.base == base && draft.images.len() < MAX_IMAGES);
         match draft {
             Some(draft) => {
                 draft.images.push(image);
@@ -91,14 +91,14 @@ impl Drafts {
                 let key = (base.namespace.clone().unwrap_or_default(), base.name.clone());
                 let number = self.names.entry(key).or_default();
                 *number += 1;
-                self.drafts.push(Draft { base, number: *number, images: vec![image], hosts, notes });
+                self.objects.push(Draft { base, number: *number, images: vec![image], hosts, notes });
             }
         }
     }
 
     /// Adds what is known of the registries to the objects that have to do with them.
     pub(super) fn with_hosts(mut self, hosts: &BTreeMap<String, Host>) -> Self {
-        for draft in &mut self.drafts {
+        for draft in &mut self.objects {
             for (name, host) in hosts.iter().filter(|(name, _)| draft.hosts.contains(*name)) {
                 let spec = &mut draft.base.spec;
                 spec.registries.extend(host.settings.clone());
@@ -119,7 +119,7 @@ impl Drafts {
     }
 
     fn mirrors(&self) -> impl Iterator<Item = (ImageMirror, &[String])> {
-        self.drafts.iter().map(|draft| {
+        self.objects.iter().map(|draft| {
             let spec = ImageMirrorSpec { images: draft.images.clone(), ..draft.base.spec.clone() };
             let name: String = draft.base.name.chars().take(MAX_NAME).collect();
             let name = if draft.number == 1 { name } else { format!("{name}-{}", draft.number) };

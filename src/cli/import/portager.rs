@@ -136,7 +136,7 @@ fn add(
     let times = Times::of_cron(&spec.schedule)?;
     let (registry, path) = spec.destination.registry.split_once('/').unwrap_or((&spec.destination.registry, ""));
     let prefix = [path, &spec.destination.repository_prefix].map(|part| part.trim_matches('/'));
-    let prefix: String = prefix.iter().filter(|part| !part.is_empty()).map(|part| format!("{part}/")).collect();
+    let prefix: String = prefix.iter().filter(|part| !part.is_empty()).flat_map(|part| [part, "/"]).collect();
     let mut secret = |secret: &Option<Secret>| {
         let secret = secret.as_ref()?;
         let other = secret.namespace.as_ref().filter(|other| Some(*other) != metadata.namespace.as_ref());

@@ -140,9 +140,10 @@ pub(super) fn import(text: &str) -> Result<Drafts, String> {
         return Err("it has no entries under sync; name a configuration of regsync".into());
     }
     let mut drafts = Drafts::default();
-    unread(&raw, "", &CONFIG_KEYS, &[]).into_iter().for_each(|note| drafts.note(note));
     let defaults = unread(&raw["defaults"], "defaults.", &STEP_KEYS, &STEP_EXPLAINED);
-    defaults.into_iter().for_each(|note| drafts.note(note));
+    for note in unread(&raw, "", &CONFIG_KEYS, &[]).into_iter().chain(defaults) {
+        drafts.note(note);
+    }
     for (number, step) in config.sync.iter().enumerate() {
         let at = format!("sync[{number}]");
         let notes = unread(&raw["sync"][number], &format!("{at}."), &STEP_KEYS, &STEP_EXPLAINED);

@@ -1,6 +1,6 @@
 //! The cluster that the kubeconfig names, as kubectl reads it, and its errors in words: what, where, what to do.
 
-use std::{collections::BTreeMap, path::PathBuf, time::Duration};
+use std::{collections::BTreeMap, error::Error as _, path::PathBuf, time::Duration};
 
 use clap::Args;
 use k8s_openapi::api::core::v1::{Secret, ServiceAccount};
@@ -14,7 +14,7 @@ use serde_json::Value;
 
 use crate::{
     api::v1alpha1::ImageMirror,
-    cli::Failure,
+    cli::{Failure, operator::can_be_read},
     controller::api_words,
     mirror::{Account, Problem, Secrets, ValidatedMirror, is_object_name},
     reason::Reason,
@@ -117,7 +117,7 @@ impl Cluster {
     pub(super) fn explain(&self, what: &str, error: &kube::Error) -> Failure {
         let Self { url, namespace, .. } = self;
         let kube::Error::Api(status) = error else {
-            let what = format!("{what}: {url} cannot be reached: {}", sources(error));
+            let what = format!("{what}: {url} cannot be reached: {}", sources(error.source().unwrap_or(error)));
             return Failure::Failed(format!("{what}; check the kubeconfig, or name another --context"));
         };
         let said = api_words(error);
@@ -189,12 +189,17 @@ impl Cluster {
 async fn config(connection: &Connection) -> Result<Config, Failure> {
     let Connection { kubeconfig, context, cluster, user, impersonate, groups, .. } = connection;
     let read = match kubeconfig {
-        Some(path) => Kubeconfig::read_from(path),
+        Some(path) => {
+            can_be_read(path)?;
+            Kubeconfig::read_from(path)
+        }
         None => Kubeconfig::read(),
     };
-    let what = kubeconfig.as_ref().map_or_else(|| "the kubeconfig".to_owned(), |path| path.display().to_string());
+    let what = kubeconfig
+        .as_ref()
+        .map_or_else(|| "the kubeconfig".to_owned(), |path| format!("the kubeconfig {}", path.display()));
     let fail = |error: &dyn std::error::Error| {
-        let hint = "name another file with --kubeconfig, or another --context";
+        let hint = "name another with --kubeconfig, or another --context";
         Failure::Usage(format!("{what} cannot be used: {}; {hint}", sources(error)))
     };
     let options = KubeConfigOptions { context: context.clone(), cluster: cluster.clone(), user: user.clone() };

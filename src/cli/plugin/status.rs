@@ -91,9 +91,9 @@ fn synced(status: &ImageMirrorStatus) -> String {
     let Some(count) = &status.synced else { return "unknown".to_owned() };
     let summary = status.summary.unwrap_or_default();
     let parts = [(summary.failed, "failed"), (summary.skipped, "skipped"), (summary.pending, "pending")];
-    let rest: String =
-        parts.iter().filter(|(number, _)| *number > 0).map(|(number, what)| format!(", {number} {what}")).collect();
-    format!("{count}{rest}")
+    let rest: Vec<String> =
+        parts.iter().filter(|(number, _)| *number > 0).map(|(number, what)| format!("{number} {what}")).collect();
+    [count.clone()].into_iter().chain(rest).collect::<Vec<_>>().join(", ")
 }
 
 fn runs(mirror: &ImageMirror) -> String {

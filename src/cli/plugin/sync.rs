@@ -120,13 +120,18 @@ fn outcome(place: &str, mirror: &ImageMirror) -> Result<(), Failure> {
     for failure in &status.failures {
         say(&format!("failed     {}: {}: {}\n", failure.source, failure.reason, failure.message));
     }
+    let moved = status.last_sync.as_ref().map(moved).unwrap_or_default();
+    let summary = format!("{place}: {} in step, {moved}\n", status.synced.unwrap_or_default());
+    if !status.failures.is_empty() {
+        say(&summary);
+        return Err(Failure::Reported);
+    }
     let ready = condition(mirror, "Ready");
-    if !ready.is_some_and(|ready| ready.status == "True") {
+    if ready.is_none_or(|ready| ready.status != "True") {
         let (reason, message) = ready.map(|ready| (ready.reason.as_str(), ready.message.as_str())).unwrap_or_default();
         return Err(Failure::Failed(format!("{place} is not in step: {reason}: {message}")));
     }
-    let moved = status.last_sync.as_ref().map(moved).unwrap_or_default();
-    say(&format!("{place}: {} in step, {moved}\n", status.synced.unwrap_or_default()));
+    say(&summary);
     match condition(mirror, "TargetInSync") {
         Some(it) if it.status == "False" && it.reason == "TargetChanged" => Err(Failure::Drift),
         _ => Ok(()),

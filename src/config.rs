@@ -134,7 +134,7 @@ pub struct Log {
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// The file cannot be read.
-    #[error("cannot read the configuration {}: {source}", path.display())]
+    #[error("the configuration {} cannot be read: {source}; name another with --config", path.display())]
     Read {
         /// The configuration.
         path: PathBuf,
@@ -142,7 +142,7 @@ pub enum ConfigError {
         source: io::Error,
     },
     /// The file is not YAML of the known keys.
-    #[error("{}: {source}", path.display())]
+    #[error("{}: {source}; correct it there", path.display())]
     Yaml {
         /// The configuration.
         path: PathBuf,

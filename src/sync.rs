@@ -27,7 +27,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::Instrument as _;
 
 use crate::{
-    copy::{CopyOptions, Fence, Progress, Run, Totals},
+    copy::{CopyOptions, Counter, Fence, Progress, Run, Totals},
     oci::{Digest, Host, PlatformFilter, Reference, RepositoryName, Tag},
     plan::{Action, Policy},
     reason::Reason,
@@ -246,6 +246,22 @@ impl From<Reference> for ImageSource {
     }
 }
 
+/// Who follows a run image by image: nobody in the operator, a terminal on the command line.
+pub trait Watch: Sync {
+    /// An image is begun. What is given back counts its bytes.
+    fn began(&self, image: &ImageReport) -> Option<Arc<Counter>>;
+    /// An image is finished, well or not.
+    fn ended(&self, image: &ImageReport);
+}
+
+impl Watch for () {
+    fn began(&self, _: &ImageReport) -> Option<Arc<Counter>> {
+        None
+    }
+
+    fn ended(&self, _: &ImageReport) {}
+}
+
 /// Brings the target in step with the sources.
 ///
 /// `None` if `cancel` came first: then what was opened at the target is given up, and no tag is written any more.
@@ -257,6 +273,19 @@ pub async fn sync(
     progress: Arc<Progress>,
     cancel: &CancellationToken,
 ) -> Option<SyncReport> {
+    sync_watched(client, request, registries, fence, progress, &(), cancel).await
+}
+
+/// The same, and `watch` follows it.
+pub async fn sync_watched(
+    client: &Client,
+    request: &SyncRequest,
+    registries: &Registries,
+    fence: Fence,
+    progress: Arc<Progress>,
+    watch: &dyn Watch,
+    cancel: &CancellationToken,
+) -> Option<SyncReport> {
     let started_at = Timestamp::now();
     progress.expect_images(request.images.len() as u64);
     let run = Run::new(Arc::clone(&progress), fence, client.memory().clone());
@@ -265,14 +294,18 @@ pub async fn sync(
     let one = async |image: &ImageRequest| {
         let ImageSource { host, repository, .. } = &image.source;
         let span = tracing::info_span!("image", source = %format_args!("{host}/{repository}"), tag = %image.target_tag);
-        let report = image_report(&run, request, image, &handles, deadline).instrument(span).await;
+        let report = ImageReport::of(image, handles.destination());
+        let run = run.of_image(watch.began(&report));
+        let report = image_report(&run, request, image, report, &handles, deadline).instrument(span).await;
         progress.image_done();
+        watch.ended(&report);
         report
     };
     let images = cancel.run_until_cancelled(in_order(request.images.iter().map(one))).await;
     run.clean_up().await;
     let images = images?.into_iter();
-    let images = images.chain(request.unknown.iter().map(ImageReport::of_unknown)).collect();
+    let unknown = request.unknown.iter().map(ImageReport::of_unknown).inspect(|report| watch.ended(report));
+    let images = images.chain(unknown).collect();
     Some(SyncReport { started_at, finished_at: Timestamp::now(), images, totals: run.totals() })
 }
 
@@ -280,10 +313,10 @@ async fn image_report(
     run: &Run,
     request: &SyncRequest,
     image: &ImageRequest,
+    mut report: ImageReport,
     handles: &Handles<'_>,
     deadline: Instant,
 ) -> ImageReport {
-    let mut report = ImageReport::of(image, handles.destination());
     match unless_blocked(request, image, deadline, Box::pin(sync_image(run, request, image, handles))).await {
         Ok(Outcome { digest, source_digest, action, replaced }) => {
             if action.writes() {

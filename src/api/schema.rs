@@ -249,7 +249,7 @@ impl Found {
     }
 
     fn unknown(&mut self, field: &str) {
-        self.add(field, "there is no such field");
+        self.add(field, "there is no such field; correct its name, or remove it");
     }
 
     fn bounds(&mut self, field: &str, of: &str, size: usize, min: Option<usize>, max: Option<usize>) {
@@ -307,7 +307,7 @@ mod tests {
             json!({"metadata": {"name": "m"}, "spec": spec})
         };
         for (field, value, expected) in [
-            ("tagret", json!({}), "spec.tagret: there is no such field"),
+            ("tagret", json!({}), "spec.tagret: there is no such field; correct its name, or remove it"),
             ("target", Value::Null, "spec.target: is required"),
             ("suspend", json!("yes"), "spec.suspend: must be true or false"),
             ("interval", json!(30), "spec.interval: must be a string: put it in quotes"),

@@ -2,8 +2,7 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
-    io::Read as _,
-    path::PathBuf,
+    path::{Path, PathBuf},
 };
 
 use k8s_openapi::{
@@ -13,7 +12,7 @@ use k8s_openapi::{
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use super::Failure;
+use super::{Failure, read_text};
 use crate::{
     api::{
         ImageMirror,
@@ -30,10 +29,18 @@ const MAX_ERRORS: usize = 5;
 /// What the files hold. Objects without a namespace are in `default`.
 #[derive(Default)]
 pub(super) struct Documents {
-    /// Each with what the schema refuses in it.
-    mirrors: Vec<(ImageMirror, Vec<Violation>)>,
+    mirrors: Vec<Found>,
     secrets: BTreeMap<(String, String), Secret>,
     accounts: BTreeMap<(String, String), ServiceAccount>,
+}
+
+/// An `ImageMirror` of the files.
+struct Found {
+    /// The file and the number of the document in it.
+    place: String,
+    mirror: ImageMirror,
+    /// What the schema refuses in it.
+    refused: Vec<Violation>,
 }
 
 impl Documents {
@@ -51,27 +58,28 @@ impl Documents {
         !self.secrets.is_empty()
     }
 
-    fn read(&mut self, file: &PathBuf) -> Result<(), Failure> {
-        let shown = file.display();
-        let text = if file.as_os_str() == "-" {
-            let mut text = String::new();
-            std::io::stdin().read_to_string(&mut text).map(|_| text)
-        } else {
-            std::fs::read_to_string(file)
-        };
-        let text = text.map_err(|error| Failure::Usage(format!("{shown} cannot be read: {error}")))?;
-        let documents: Vec<Value> =
-            serde_saphyr::from_multiple(&text).map_err(|_| Failure::Usage(format!("{shown} is not valid YAML")))?;
+    fn read(&mut self, file: &Path) -> Result<(), Failure> {
+        self.parse(&read_text(file)?, &file.display().to_string())
+    }
+
+    /// Reads the text of a file that is called `shown`.
+    pub(super) fn parse(&mut self, text: &str, shown: &str) -> Result<(), Failure> {
+        // The parser's own words may quote a password.
+        let documents: Vec<Value> = serde_saphyr::from_multiple(text).map_err(|error| {
+            let place = error.location().map(|at| format!(", line {}, column {}", at.line(), at.column()));
+            Failure::Usage(format!("{shown}{}: this is not valid YAML; correct it there", place.unwrap_or_default()))
+        })?;
         for (number, document) in documents.into_iter().enumerate() {
             if document.is_null() {
                 continue;
             }
-            self.add(document).map_err(|what| Failure::Usage(format!("{shown}, document {}: {what}", number + 1)))?;
+            let place = format!("{shown}, document {}", number + 1);
+            self.add(document, &place).map_err(|what| Failure::Usage(format!("{place}: {what}")))?;
         }
         Ok(())
     }
 
-    fn add(&mut self, document: Value) -> Result<(), String> {
+    fn add(&mut self, document: Value, place: &str) -> Result<(), String> {
         let field = |pointer: &str| document.pointer(pointer).and_then(Value::as_str).unwrap_or_default().to_owned();
         let key = (namespace_or_default(field("/metadata/namespace")), field("/metadata/name"));
         let (version, kind) = (field("/apiVersion"), field("/kind"));
@@ -80,21 +88,30 @@ impl Documents {
                 let refused = schema::check(&document);
                 let said = refused.iter().take(MAX_ERRORS).map(ToString::to_string).collect::<Vec<_>>().join("; ");
                 let mirror = read_as::<ImageMirror>(schema::as_kept(document));
-                let mut mirror = mirror.map_err(|error| if said.is_empty() { error } else { said })?;
+                let mut mirror = mirror.map_err(|error| {
+                    let said = if said.is_empty() { error } else { said };
+                    format!("ImageMirror {:?} is invalid: {said}; `imagemirror crd` has the whole schema", key.1)
+                })?;
                 mirror.metadata.namespace = Some(key.0);
-                self.mirrors.push((mirror, refused));
+                self.mirrors.push(Found { place: place.to_owned(), mirror, refused });
             }
             ("v1", "Secret") => {
                 // The parser's own words may quote the content.
-                let secret: Secret = serde_json::from_value(document).map_err(|_| "not a valid Secret".to_owned())?;
+                let secret: Secret = serde_json::from_value(document).map_err(|_| {
+                    format!("Secret {:?} is invalid; compare it with what `kubectl create secret --dry-run=client -o yaml` prints", key.1)
+                })?;
                 self.secrets.insert(key, with_string_data(secret));
             }
             ("v1", "ServiceAccount") => {
-                self.accounts.insert(key, read_as(document)?);
+                let account = read_as(document)
+                    .map_err(|error| format!("ServiceAccount {:?} is invalid: {error}; correct the field", key.1))?;
+                self.accounts.insert(key, account);
             }
             _ => {
+                let what =
+                    if kind.is_empty() { "an object without a kind".to_owned() } else { format!("{version} {kind}") };
                 return Err(format!(
-                    "{version} {kind} is not known here; give ImageMirrors of imagemirror.dev/v1alpha1, Secrets and ServiceAccounts"
+                    "{what} is not known here; give ImageMirrors of imagemirror.dev/v1alpha1, Secrets and ServiceAccounts"
                 ));
             }
         }
@@ -104,12 +121,12 @@ impl Documents {
     /// The mirrors, if all can be carried out beside each other.
     pub(super) fn validated(&self) -> Result<Vec<ValidatedMirror>, Failure> {
         if self.mirrors.is_empty() {
-            return Err(Failure::Usage("the files hold no ImageMirror".into()));
+            return Err(Failure::Usage("the files hold no ImageMirror; name a file with one".into()));
         }
-        let validated = |(mirror, refused): &(ImageMirror, Vec<Violation>)| {
+        let validated = |Found { place, mirror, refused }: &Found| {
             let name = mirror.metadata.name.clone().unwrap_or_default();
             validate_with(mirror, refused)
-                .map_err(|error| Failure::Usage(format!("ImageMirror {name:?} is invalid: {error}")))
+                .map_err(|error| Failure::Usage(format!("{place}: ImageMirror {name:?} is invalid: {error}")))
         };
         let mirrors: Vec<ValidatedMirror> = self.mirrors.iter().map(validated).collect::<Result<_, _>>()?;
         let mut wanted: HashMap<String, &str> = HashMap::new();
@@ -135,7 +152,9 @@ impl Documents {
                     secrets.account.pull_secrets = references.map(|reference| reference.name.clone()).collect();
                 }
                 None => {
-                    let message = format!("ServiceAccount {name:?} is not in the files");
+                    let message = format!(
+                        "ServiceAccount {name:?} is not in the files; add it, or remove spec.serviceAccountName"
+                    );
                     secrets.account.problem = Some(Problem { reason: Reason::SecretNotFound, message });
                 }
             }
@@ -174,13 +193,13 @@ mod tests {
                 "apiVersion": "v1", "kind": "Secret", "metadata": {"namespace": namespace, "name": name},
                 "type": "kubernetes.io/dockercfg", "stringData": {".dockercfg": "{}"},
             });
-            documents.add(secret).unwrap();
+            documents.add(secret, "").unwrap();
         }
         let mirror = serde_json::json!({
             "apiVersion": "imagemirror.dev/v1alpha1", "kind": "ImageMirror", "metadata": {"namespace": "c", "name": "m"},
             "spec": {"images": [{"source": "gcr.io/a:1"}], "target": {"registry": "t.io"}, "imagePullSecrets": [{"name": "pull"}]},
         });
-        documents.add(mirror).unwrap();
+        documents.add(mirror, "").unwrap();
         let mirrors = documents.validated().unwrap();
         let prepared = documents.prepare(&mirrors[0]);
         assert_eq!(prepared.problems[0].reason, Reason::SecretNotFound);
@@ -188,7 +207,7 @@ mod tests {
 
     #[test]
     fn other_kinds_are_refused_by_name() {
-        let error = Documents::default().add(serde_json::json!({"apiVersion": "v1", "kind": "Pod"})).unwrap_err();
+        let error = Documents::default().add(serde_json::json!({"apiVersion": "v1", "kind": "Pod"}), "").unwrap_err();
         assert!(error.starts_with("v1 Pod is not known here"), "{error}");
     }
 }

@@ -8,12 +8,12 @@ use std::{
     path::PathBuf,
 };
 
-use clap::{Args, ValueEnum};
+use clap::Args;
 use docker_credential::{CredentialRetrievalError, DockerCredential};
 use serde::Serialize;
 use tokio_util::sync::CancellationToken;
 
-use super::{Failure, documents::Documents, signals};
+use super::{Failure, Output, documents::Documents, signals};
 use crate::{
     auth::{Credential, CredentialStore},
     mirror::{Prepared, Secrets, ValidatedMirror, prepare},
@@ -39,15 +39,6 @@ pub(super) struct MirrorArguments {
     pub(super) output: Output,
 }
 
-/// How a report is written.
-#[derive(Clone, Copy, Debug, ValueEnum)]
-pub(super) enum Output {
-    /// One line for each image.
-    Text,
-    /// One JSON document.
-    Json,
-}
-
 /// What came of one mirror.
 #[derive(Serialize)]
 pub(super) struct Outcome<R> {
@@ -55,6 +46,12 @@ pub(super) struct Outcome<R> {
     pub(super) name: String,
     #[serde(flatten)]
     pub(super) report: R,
+}
+
+impl<R> Outcome<R> {
+    pub(super) fn new(mirror: &ValidatedMirror, report: R) -> Self {
+        Self { namespace: mirror.namespace.clone(), name: mirror.name.clone(), report }
+    }
 }
 
 /// The mirrors of a command, ready to be carried out one after the other.
@@ -72,10 +69,10 @@ impl Mirrors {
         Ok(Self { documents, layouts: Layouts::of(arguments)?, validated })
     }
 
-    /// Carries each out with `run`, which gives nothing when it is interrupted.
+    /// Carries each out with `run`, which is given its name, and gives nothing when it is interrupted.
     pub(super) async fn each<R>(
         &self,
-        run: impl AsyncFn(&Client, &SyncRequest, &Registries, &CancellationToken) -> Option<R>,
+        run: impl AsyncFn(&str, &Client, (&SyncRequest, &Registries), &CancellationToken) -> Option<R>,
     ) -> Result<Vec<Outcome<R>>, Failure> {
         let cancel = signals();
         let client = Client::new(ClientOptions::default());
@@ -84,8 +81,9 @@ impl Mirrors {
         let mut outcomes = Vec::new();
         for mirror in &self.validated {
             let (request, registries) = self.request(mirror, &client, &cancel).await?;
-            let report = run(&client, &request, &registries, &cancel).await.ok_or(Failure::Interrupted)?;
-            outcomes.push(Outcome { namespace: mirror.namespace.clone(), name: mirror.name.clone(), report });
+            let report =
+                run(&mirror.name, &client, (&request, &registries), &cancel).await.ok_or(Failure::Interrupted)?;
+            outcomes.push(Outcome::new(mirror, report));
         }
         Ok(outcomes)
     }
@@ -116,7 +114,7 @@ struct Layouts {
 impl Layouts {
     fn of(arguments: &MirrorArguments) -> Result<Self, Failure> {
         if arguments.from.is_some() && arguments.from == arguments.to {
-            return Err(Failure::Usage("--from and --to name the same directory".into()));
+            return Err(Failure::Usage("--from and --to name the same directory; write to another one".into()));
         }
         let usage = |error: LayoutError| Failure::Usage(error.to_string());
         let from = arguments.from.as_deref().map(Layout::open).transpose().map_err(usage)?;
@@ -168,6 +166,7 @@ fn with_docker_configuration(mirror: &ValidatedMirror) -> Result<Prepared, Failu
 /// The user's login for a registry, if there is one.
 fn docker_login(host: &Host) -> Result<Option<CredentialStore>, Failure> {
     const ORIGIN: &str = "the Docker configuration";
+    const LOG_IN: &str = "log in again, or add Secrets to the files";
     let server = if host.as_str() == Host::DOCKER_HUB { "https://index.docker.io/v1/" } else { host.as_str() };
     match docker_credential::get_credential(server) {
         Ok(DockerCredential::UsernamePassword(username, password)) => {
@@ -188,9 +187,9 @@ fn docker_login(host: &Host) -> Result<Option<CredentialStore>, Failure> {
         Err(CredentialRetrievalError::HelperFailure { stdout, .. }) if stdout.contains("credentials not found") => {
             Ok(None)
         }
-        Err(CredentialRetrievalError::HelperFailure { helper, .. }) => {
-            Err(Failure::Usage(format!("{ORIGIN} gives no login for {host}: the credential helper {helper} failed")))
-        }
-        Err(error) => Err(Failure::Usage(format!("{ORIGIN} gives no login for {host}: {error}"))),
+        Err(CredentialRetrievalError::HelperFailure { helper, .. }) => Err(Failure::Usage(format!(
+            "{ORIGIN} gives no login for {host}: the credential helper {helper} failed; {LOG_IN}"
+        ))),
+        Err(error) => Err(Failure::Usage(format!("{ORIGIN} gives no login for {host}: {error}; {LOG_IN}"))),
     }
 }

@@ -1,6 +1,12 @@
 //! `imagemirror operator`: flags and environment into one configuration, then the operator until a signal.
 
-use std::{convert::Infallible, future::pending, net::SocketAddr, path::PathBuf, time::Duration};
+use std::{
+    convert::Infallible,
+    future::pending,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use clap::Args;
 use kube::config::{KubeConfigOptions, Kubeconfig};
@@ -129,13 +135,28 @@ async fn follow_level(path: Option<PathBuf>, every: Duration, logged: &Level) ->
     .await
 }
 
+/// Whether a kubeconfig is there, said in better words than the client's.
+pub(super) fn can_be_read(kubeconfig: &Path) -> Result<(), Failure> {
+    let opened = std::fs::File::open(kubeconfig).map(|_| ());
+    opened.map_err(|error| {
+        let what = format!("the kubeconfig {} cannot be read: {error}", kubeconfig.display());
+        Failure::Usage(format!("{what}; name another with --kubeconfig"))
+    })
+}
+
 async fn kubernetes(path: Option<PathBuf>) -> Result<kube::Config, Failure> {
     let Some(path) = path else {
         return kube::Config::infer().await.map_err(|error| {
             Failure::Usage(format!("no access to Kubernetes: {error}; name a file with --kubeconfig"))
         });
     };
-    let fail = |error: &dyn std::fmt::Display| Failure::Usage(format!("the kubeconfig {}: {error}", path.display()));
+    let fail = |error: &dyn std::fmt::Display| {
+        Failure::Usage(format!(
+            "the kubeconfig {} cannot be used: {error}; name another with --kubeconfig",
+            path.display()
+        ))
+    };
+    can_be_read(&path)?;
     let kubeconfig = Kubeconfig::read_from(&path).map_err(|error| fail(&error))?;
     let options = KubeConfigOptions::default();
     kube::Config::from_custom_kubeconfig(kubeconfig, &options).await.map_err(|error| fail(&error))

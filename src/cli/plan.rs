@@ -3,9 +3,9 @@
 use std::fmt::Write as _;
 
 use super::{
-    Failure,
-    mirrors::{MirrorArguments, Mirrors, Outcome, Output},
-    print_json, runtime,
+    Failure, Output, bytes,
+    mirrors::{MirrorArguments, Mirrors, Outcome},
+    print_json, runtime, say,
 };
 use crate::{
     plan::Action,
@@ -18,9 +18,15 @@ pub(super) fn run(arguments: &MirrorArguments) -> Result<(), Failure> {
 }
 
 async fn plan_all(mirrors: &Mirrors, output: Output) -> Result<(), Failure> {
-    let outcomes = mirrors.each(preview).await?;
+    let outcomes = mirrors
+        .each(async |_, client, (request, registries), cancel| preview(client, request, registries, cancel).await);
+    report(&outcomes.await?, output)
+}
+
+/// Prints what a sync would do; the error says what that means for the exit code.
+pub(super) fn report(outcomes: &[Outcome<Preview>], output: Output) -> Result<(), Failure> {
     match output {
-        Output::Text => print!("{}", text(&outcomes)),
+        Output::Text => say(&text(outcomes)),
         Output::Json => print_json(&serde_json::json!({ "mirrors": outcomes }))?,
     }
     let mut images = outcomes.iter().flat_map(|outcome| &outcome.report.images);
@@ -38,8 +44,8 @@ fn text(outcomes: &[Outcome<Preview>]) -> String {
             let _ = writeln!(text, "{}", line(image));
         }
         let (count, total) = (report.writes().count(), report.images.len());
-        let bytes: u64 = report.images.iter().map(|image| image.bytes).sum();
-        let _ = writeln!(text, "{name}: {count} of {total} tags to write, {bytes} bytes to copy");
+        let size = bytes(report.images.iter().map(|image| image.bytes).sum());
+        let _ = writeln!(text, "{name}: {count} of {total} tags to write, {size} to copy");
     }
     text
 }
@@ -57,7 +63,7 @@ fn line(image: &ImagePreview) -> String {
         Some(Action::Leave) => "leave",
         Some(Action::Unchanged) | None => "unchanged",
     };
-    let bytes =
-        if image.action.is_some_and(Action::writes) { format!(", {} bytes", image.bytes) } else { String::new() };
-    format!("{word:<10} {target}: {}{bytes}", image.why)
+    let size =
+        if image.action.is_some_and(Action::writes) { format!(", {}", bytes(image.bytes)) } else { String::new() };
+    format!("{word:<10} {target}: {}{size}", image.why)
 }

@@ -1,31 +1,50 @@
 //! `imagemirror sync -f FILE…`: one sync of the `ImageMirror`s in the files, without Kubernetes.
 
-use std::{fmt::Write as _, sync::Arc};
+use std::sync::Arc;
+
+use clap::Args;
 
 use super::{
-    Failure,
-    mirrors::{MirrorArguments, Mirrors, Outcome, Output},
-    print_json, runtime,
+    Failure, Output, bytes,
+    mirrors::{MirrorArguments, Mirrors},
+    print_json,
+    progress::{Screen, Style},
+    runtime, say,
 };
 use crate::{
-    copy::{Fence, Progress},
+    copy::Fence,
     plan::Action,
-    sync::{ImageReport, SyncReport, sync},
+    sync::{ImageReport, SyncReport, sync_watched},
 };
 
-pub(super) fn run(arguments: &MirrorArguments) -> Result<(), Failure> {
-    let mirrors = Mirrors::of(arguments)?;
-    runtime()?.block_on(sync_all(&mirrors, arguments.output))
+#[derive(Debug, Args)]
+pub(super) struct Arguments {
+    #[command(flatten)]
+    mirrors: MirrorArguments,
+    /// How progress is shown on standard error.
+    #[arg(long, value_enum, default_value_t = Style::Auto)]
+    progress: Style,
 }
 
-async fn sync_all(mirrors: &Mirrors, output: Output) -> Result<(), Failure> {
-    let outcomes = mirrors.each(async |client, request, registries, cancel| {
-        sync(client, request, registries, Fence::Open, Arc::new(Progress::default()), cancel).await
+pub(super) fn run(arguments: &Arguments) -> Result<(), Failure> {
+    let mirrors = Mirrors::of(&arguments.mirrors)?;
+    runtime()?.block_on(sync_all(&mirrors, arguments.mirrors.output, arguments.progress))
+}
+
+async fn sync_all(mirrors: &Mirrors, output: Output, style: Style) -> Result<(), Failure> {
+    let outcomes = mirrors.each(async |name, client, (request, registries), cancel| {
+        let screen = Screen::new(name, style, output, line);
+        let progress = Arc::clone(&screen.progress);
+        let sync = sync_watched(client, request, registries, Fence::Open, progress, &screen, cancel);
+        let report = screen.follow(sync).await?;
+        if matches!(output, Output::Text) {
+            say(&format!("{name}: {}\n", summary(&report)));
+        }
+        Some(report)
     });
     let outcomes = outcomes.await?;
-    match output {
-        Output::Text => print!("{}", text(&outcomes)),
-        Output::Json => print_json(&serde_json::json!({ "mirrors": outcomes }))?,
+    if matches!(output, Output::Json) {
+        print_json(&serde_json::json!({ "mirrors": outcomes }))?;
     }
     let any = |what: fn(&SyncReport) -> bool| outcomes.iter().any(|outcome| what(&outcome.report));
     match () {
@@ -35,20 +54,12 @@ async fn sync_all(mirrors: &Mirrors, output: Output) -> Result<(), Failure> {
     }
 }
 
-fn text(outcomes: &[Outcome<SyncReport>]) -> String {
-    let mut text = String::new();
-    for Outcome { name, report, .. } in outcomes {
-        for image in &report.images {
-            // Writing to a String does not fail.
-            let _ = writeln!(text, "{}", line(image));
-        }
-        let total = report.images.len();
-        let synced = total - report.failed().count() - report.left().count();
-        let seconds = report.finished_at.duration_since(report.started_at).as_secs_f64();
-        let bytes = report.totals.bytes_copied;
-        let _ = writeln!(text, "{name}: {synced}/{total} in step, {bytes} bytes copied in {seconds:.1} s");
-    }
-    text
+fn summary(report: &SyncReport) -> String {
+    let total = report.images.len();
+    let synced = total - report.failed().count() - report.left().count();
+    let seconds = report.finished_at.duration_since(report.started_at).as_secs_f64();
+    let copied = bytes(report.totals.bytes_copied);
+    format!("{synced}/{total} in step, {copied} copied in {seconds:.1} s")
 }
 
 fn line(image: &ImageReport) -> String {

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::{Failure, documents::Documents};
+use super::{Failure, documents::Documents, say};
 
 #[derive(Debug, Args)]
 pub(super) struct Arguments {
@@ -16,7 +16,7 @@ pub(super) struct Arguments {
 pub(super) fn run(arguments: &Arguments) -> Result<(), Failure> {
     let mirrors = Documents::of(&arguments.files)?.validated()?;
     for mirror in &mirrors {
-        println!("{}/{}: valid", mirror.namespace, mirror.name);
+        say(&format!("{}/{}: valid\n", mirror.namespace, mirror.name));
     }
     Ok(())
 }

@@ -11,7 +11,7 @@ const MAX_RETRY_AFTER: Duration = Duration::from_mins(1);
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// A call to the Kubernetes API failed.
-    #[error("{what}: {source}")]
+    #[error("{what}: {}", api_words(source))]
     Api {
         /// What was being done.
         what: &'static str,
@@ -65,6 +65,15 @@ impl Error {
         let kube::Error::Api(status) = &**source else { return None };
         let seconds = status.details.as_ref()?.retry_after_seconds;
         (seconds > 0).then(|| Duration::from_secs(seconds.into()).min(MAX_RETRY_AFTER))
+    }
+}
+
+/// What the API server said. kube's own words have the whole answer in them.
+pub(crate) fn api_words(error: &kube::Error) -> String {
+    match error {
+        kube::Error::Api(status) if !status.message.is_empty() => status.message.clone(),
+        kube::Error::Api(status) => format!("status {} {}", status.code, status.reason).trim_end().to_owned(),
+        other => other.to_string(),
     }
 }
 

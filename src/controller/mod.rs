@@ -27,4 +27,5 @@ mod turns;
 mod watch;
 
 pub use error::Error;
+pub(crate) use error::api_words;
 pub use operator::{OperatorError, Options, run};

@@ -25,7 +25,7 @@ use super::{
 };
 use crate::{
     api::{ConditionType, ImageMirror, ImageMirrorStatus, schema},
-    mirror::{InvalidSpec, Prepared, Secrets, ValidatedMirror, prepare, validate},
+    mirror::{InvalidSpec, Prepared, Secrets, ValidatedMirror, last_digests, prepare, validate},
     plan::Action,
     reason::{Reason, Retry},
     sync::Last,
@@ -261,7 +261,7 @@ fn prepared(
     context: &Context,
 ) -> Prepared {
     let transport = |host: &crate::oci::Host| context.config.transport_for(host);
-    let mut last = status::last_digests(mirror, status);
+    let mut last = last_digests(mirror, status);
     // The status of a large mirror lists no images; this process still knows them.
     if let Some(ended) = context.runner.last(&id.uid) {
         let is_current = ended.spec_hash == mirror.spec_hash;

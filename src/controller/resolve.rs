@@ -1,6 +1,6 @@
 //! Reads the Secrets and the `ServiceAccount` that a mirror names: by name, with `get`, in the object's own namespace.
 
-use std::{collections::BTreeSet, time::Duration};
+use std::time::Duration;
 
 use futures::future::{join_all, try_join_all};
 use k8s_openapi::api::core::v1::{Secret, ServiceAccount};
@@ -11,7 +11,7 @@ use super::{
     error::{Error, call, is_forbidden, is_not_found},
 };
 use crate::{
-    mirror::{Account, Problem, Secrets, ValidatedMirror, content, fingerprint},
+    mirror::{Account, Problem, Secrets, ValidatedMirror, content, fingerprint, is_object_name},
     oci::Digest,
     reason::Reason,
 };
@@ -40,7 +40,7 @@ pub(super) async fn resolve(context: &Context, mirror: &ValidatedMirror) -> Resu
         context.contents.put(namespace, &name, content(&found));
         Ok::<_, Error>((name, found))
     };
-    let found = join_all(names(mirror, &account).into_iter().map(read)).await;
+    let found = join_all(mirror.secret_names(&account).into_iter().map(read)).await;
     Ok(Secrets { found: found.into_iter().collect::<Result<_, _>>()?, account })
 }
 
@@ -59,7 +59,7 @@ pub(super) async fn glance(
             context.accounts.get(namespace, name, &is_fresh, read).await?
         }
     };
-    let names = names(mirror, &account);
+    let names = mirror.secret_names(&account);
     let one = async |name: &String| {
         let read = async || Ok(content(&read_secret(context, namespace, name).await?));
         context.contents.get(namespace, name, &is_fresh, read).await
@@ -68,14 +68,6 @@ pub(super) async fn glance(
     let age = contents.iter().map(|(_, age)| *age).fold(age, Ord::max);
     let contents = names.iter().zip(contents).map(|(name, (content, _))| (name, content));
     Ok(Glance { fingerprint: fingerprint(&account, contents), age })
-}
-
-/// The names of all Secrets that a mirror needs.
-fn names(mirror: &ValidatedMirror, account: &Account) -> BTreeSet<String> {
-    let settings =
-        mirror.registries.values().flat_map(|settings| settings.cert_secret.iter().chain(&settings.proxy_secret));
-    let pull = mirror.pull_secrets.iter().chain(&mirror.target_secret).chain(&account.pull_secrets);
-    pull.chain(settings).cloned().collect()
 }
 
 async fn read_account(context: &Context, namespace: &str, name: &str) -> Result<Account, Error> {
@@ -100,17 +92,6 @@ async fn read_secret(context: &Context, namespace: &str, name: &str) -> Result<R
     named("Secret", name, call("reading a Secret", context.config.timing.api_timeout, api.get(name)).await)
 }
 
-/// A DNS subdomain (RFC 1123), as the names of Secrets are.
-fn is_object_name(name: &str) -> bool {
-    let is_end = |byte: Option<u8>| byte.is_some_and(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit());
-    let inner = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-' || byte == b'.';
-    name.len() <= 253
-        && name.bytes().all(inner)
-        && is_end(name.bytes().next())
-        && is_end(name.bytes().last())
-        && !name.contains("..")
-}
-
 /// Tells what is wrong with the object's references from what is wrong with the API.
 fn named<T>(kind: &str, name: &str, result: Result<T, Error>) -> Result<Result<T, Problem>, Error> {
     match result {
@@ -127,18 +108,5 @@ fn named<T>(kind: &str, name: &str, result: Result<T, Error>) -> Result<Result<T
             Ok(Err(Problem { reason: Reason::Forbidden, message }))
         }
         Err(error) => Err(error),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn names_that_would_be_other_paths_are_no_names() {
-        assert!(is_object_name("registry-push.v1"));
-        for bad in ["", "../../other/secrets/x", "a/b", "a b", "A", "-a", "a.", "a..b", &"a".repeat(254)] {
-            assert!(!is_object_name(bad), "{bad}");
-        }
     }
 }

@@ -3,7 +3,7 @@
 //! `Ready=False` only when a run has ended with a failure, `Ready=Unknown` only beside `Reconciling=True`; a periodic
 //! run of a healthy object leaves `Ready=True`. So waiting tools neither hang nor flap.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
@@ -15,10 +15,10 @@ use crate::{
         v1alpha1::{FailureStatus, ImageState, ImageStatus, LastSync, ProgressStatus, Summary},
     },
     copy::ProgressSnapshot,
-    mirror::{InvalidSpec, Problem, ValidatedMirror},
+    mirror::{InvalidSpec, Problem, ValidatedMirror, last_digests},
     plan::Action,
     reason::{Reason, Retry},
-    sync::{Failure, ImageReport, Last, SyncReport},
+    sync::{Failure, ImageReport, SyncReport},
 };
 
 const MAX_FAILURES: usize = 20;
@@ -28,17 +28,6 @@ const MAX_IMAGES_BYTES: usize = 48 << 10;
 const MAX_LISTS_BYTES: usize = 56 << 10;
 /// Failures that a condition's message names.
 const NAMED_FAILURES: usize = 3;
-
-/// How target tags were after the last run, as far as the status says. What their digests were made of counts only for
-/// the spec that is carried out now: another may name other platforms.
-pub(super) fn last_digests(mirror: &ValidatedMirror, status: &ImageMirrorStatus) -> BTreeMap<String, Last> {
-    let is_current = status.last_sync.as_ref().is_some_and(|last| last.spec_hash == mirror.spec_hash);
-    let known = status.images.iter().filter_map(|image| {
-        let source_digest = image.source_digest.clone().filter(|_| is_current);
-        Some((image.target.clone(), Last { digest: image.digest.clone()?, source_digest }))
-    });
-    known.collect()
-}
 
 /// A run for a new spec or a requested token is about to start.
 pub(super) fn begun(mirror: &ValidatedMirror, current: &ImageMirrorStatus, now: Timestamp) -> ImageMirrorStatus {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::{CopyError, run::Run};
 use crate::{
     oci::Descriptor,
-    registry::{BlobOpener, Meter, PutError, PutOptions, Source, Target},
+    registry::{BlobOpener, PutError, PutOptions, Source, Target},
 };
 
 /// Brings a blob to the target. `resend` is for a target that denied having what it said was present.
@@ -18,8 +18,7 @@ pub(super) async fn transfer(
 ) -> Result<(), CopyError> {
     let descriptor = source.with_size(descriptor).await.map_err(CopyError::source)?;
     let size = descriptor.size;
-    run.progress().found(size);
-    let meter = Arc::new(Meter::new(run.progress().bytes_done()));
+    let meter = Arc::new(run.meter(size));
     let options = PutOptions { sessions: run.sessions(), meter, resend };
     let put = target.put_blob(&BlobOpener::new(source, descriptor), &options).await;
     let stored = put.map_err(|error| match error {

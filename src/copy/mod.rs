@@ -25,5 +25,5 @@ pub use fence::Fence;
 pub use graph::{copy, copy_attached};
 pub use missing::missing;
 pub use options::{CopyOptions, Expected, ForeignLayers, Referrers};
-pub use run::{Progress, ProgressSnapshot, Run, Totals};
+pub use run::{Counter, Progress, ProgressSnapshot, Run, Totals};
 pub use subset::Root;

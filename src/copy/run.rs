@@ -15,7 +15,7 @@ use tokio::sync::{Mutex as AsyncMutex, OnceCell};
 use super::Fence;
 use crate::{
     oci::{Digest, RawManifest, Tag},
-    registry::{Memory, Room, Sessions, Source, Stored, Target},
+    registry::{Memory, Meter, Room, Sessions, Source, Stored, Target},
 };
 
 /// Larger manifests are not kept while their blobs are copied.
@@ -26,8 +26,14 @@ type Place = (String, Digest);
 /// Set once the digest is there.
 type Cell = Arc<OnceCell<()>>;
 
-/// What the copies of one sync share.
+/// What the copies of one sync share, as one of its images sees it.
 pub struct Run {
+    shared: Arc<Shared>,
+    /// Counts the bytes of the image that this is for, where somebody wants to see them.
+    image: Option<Arc<Counter>>,
+}
+
+struct Shared {
     progress: Arc<Progress>,
     fence: Fence,
     done: Mutex<HashMap<Place, Cell>>,
@@ -41,11 +47,37 @@ pub struct Run {
     blobs_present: AtomicU64,
 }
 
+/// How many bytes have moved. What several images share is counted for the one that copies it.
+#[derive(Debug, Default)]
+pub struct Counter {
+    done: Arc<AtomicU64>,
+    total: AtomicU64,
+}
+
+impl Counter {
+    /// Bytes that are at the target or need not be sent.
+    #[must_use]
+    pub fn done(&self) -> u64 {
+        self.done.load(Ordering::Relaxed)
+    }
+
+    /// Bytes of all blobs found so far.
+    #[must_use]
+    pub fn total(&self) -> u64 {
+        self.total.load(Ordering::Relaxed)
+    }
+
+    /// Takes a blob of so many bytes in, and gives the sum that it is to be added to.
+    fn found(&self, bytes: u64) -> Arc<AtomicU64> {
+        self.total.fetch_add(bytes, Ordering::Relaxed);
+        Arc::clone(&self.done)
+    }
+}
+
 /// How far a run is. Written by the engine, read by whoever shows it.
 #[derive(Debug, Default)]
 pub struct Progress {
-    bytes_done: Arc<AtomicU64>,
-    bytes_total: AtomicU64,
+    bytes: Counter,
     images_done: AtomicU64,
     images_total: AtomicU64,
 }
@@ -95,20 +127,11 @@ impl Progress {
     #[must_use]
     pub fn snapshot(&self) -> ProgressSnapshot {
         ProgressSnapshot {
-            bytes_done: self.bytes_done.load(Ordering::Relaxed),
-            bytes_total: self.bytes_total.load(Ordering::Relaxed),
+            bytes_done: self.bytes.done(),
+            bytes_total: self.bytes.total(),
             images_done: self.images_done.load(Ordering::Relaxed),
             images_total: self.images_total.load(Ordering::Relaxed),
         }
-    }
-
-    pub(super) fn found(&self, bytes: u64) {
-        self.bytes_total.fetch_add(bytes, Ordering::Relaxed);
-    }
-
-    /// The sum that every blob adds to.
-    pub(super) fn bytes_done(&self) -> Arc<AtomicU64> {
-        Arc::clone(&self.bytes_done)
     }
 
     /// How many images are looked at from here on.
@@ -133,7 +156,7 @@ impl Run {
     /// A run that reports to `progress`, writes tags while `fence` allows it, and keeps manifests where there is room.
     #[must_use]
     pub fn new(progress: Arc<Progress>, fence: Fence, memory: Memory) -> Self {
-        Self {
+        let shared = Shared {
             progress,
             fence,
             done: Mutex::default(),
@@ -145,79 +168,88 @@ impl Run {
             blobs_copied: AtomicU64::new(0),
             blobs_mounted: AtomicU64::new(0),
             blobs_present: AtomicU64::new(0),
-        }
+        };
+        Self { shared: Arc::new(shared), image: None }
+    }
+
+    /// The same run for one of its images, whose bytes `counter` counts.
+    #[must_use]
+    pub fn of_image(&self, counter: Option<Arc<Counter>>) -> Self {
+        Self { shared: Arc::clone(&self.shared), image: counter }
     }
 
     /// What has been moved so far.
     #[must_use]
     pub fn totals(&self) -> Totals {
         Totals {
-            bytes_copied: self.bytes_copied.load(Ordering::Relaxed),
-            blobs_copied: self.blobs_copied.load(Ordering::Relaxed),
-            blobs_mounted: self.blobs_mounted.load(Ordering::Relaxed),
-            blobs_present: self.blobs_present.load(Ordering::Relaxed),
+            bytes_copied: self.shared.bytes_copied.load(Ordering::Relaxed),
+            blobs_copied: self.shared.blobs_copied.load(Ordering::Relaxed),
+            blobs_mounted: self.shared.blobs_mounted.load(Ordering::Relaxed),
+            blobs_present: self.shared.blobs_present.load(Ordering::Relaxed),
         }
     }
 
     /// Cancels the upload sessions that were left open by copies that failed or were dropped.
     pub async fn clean_up(&self) {
-        self.sessions.clean_up().await;
+        self.shared.sessions.clean_up().await;
     }
 
     pub(super) fn sessions(&self) -> &Sessions {
-        &self.sessions
+        &self.shared.sessions
     }
 
-    pub(super) fn progress(&self) -> &Progress {
-        &self.progress
+    /// A meter for a blob of so many bytes.
+    pub(super) fn meter(&self, bytes: u64) -> Meter {
+        let of_image = self.image.as_ref().map(|image| image.found(bytes));
+        Meter::new(self.shared.progress.bytes.found(bytes), of_image)
     }
 
     pub(super) fn fence(&self) -> &Fence {
-        &self.fence
+        &self.shared.fence
     }
 
     /// The cell that is set once this digest is in this repository. Who finds it empty fills it; who waits takes over
     /// with its own source when that fails.
     pub(super) fn cell(&self, target: &Target, digest: &Digest) -> Cell {
         let key = (target.place(), digest.clone());
-        let mut done = self.done.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut done = self.shared.done.lock().unwrap_or_else(PoisonError::into_inner);
         Arc::clone(done.entry(key).or_default())
     }
 
     /// Forgets that this digest is in this repository.
     pub(super) fn forget(&self, target: &Target, digest: &Digest) {
         let key = (target.place(), digest.clone());
-        self.done.lock().unwrap_or_else(PoisonError::into_inner).remove(&key);
+        self.shared.done.lock().unwrap_or_else(PoisonError::into_inner).remove(&key);
     }
 
     /// Keeps a manifest while there is room for it. One that is large, or one too many, is given up: it is fetched again
     /// when it is its turn to be written.
     pub(super) fn hold_manifest(&self, manifest: RawManifest) -> Option<(RawManifest, Room)> {
         let bytes = manifest.bytes.len() as u64;
-        let room = if bytes <= WORTH_HOLDING { self.memory.try_take(bytes) } else { None };
+        let room = if bytes <= WORTH_HOLDING { self.shared.memory.try_take(bytes) } else { None };
         room.map(|room| (manifest, room))
     }
 
     /// The tags of a source repository that are about digests, read once in a run.
     pub(super) fn source_tags(&self, source: &Source) -> Arc<OnceCell<Arc<SourceTags>>> {
-        let mut lists = self.source_tags.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut lists = self.shared.source_tags.lock().unwrap_or_else(PoisonError::into_inner);
         Arc::clone(lists.entry(source.place()).or_default())
     }
 
     /// Held while a tag at the target is read, changed and written.
     pub(super) fn fallback_lock(&self, target: &Target, tag: &str) -> Arc<AsyncMutex<()>> {
-        let mut locks = self.fallback_locks.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut locks = self.shared.fallback_locks.lock().unwrap_or_else(PoisonError::into_inner);
         Arc::clone(locks.entry(format!("{}:{tag}", target.place())).or_default())
     }
 
     /// Counts a blob of so many bytes.
     pub(super) fn count(&self, stored: Stored, bytes: u64) {
         let blobs = match stored {
-            Stored::Present => &self.blobs_present,
-            Stored::Mounted => &self.blobs_mounted,
+            Stored::Present => &self.shared.blobs_present,
+            Stored::Mounted => &self.shared.blobs_mounted,
             Stored::Copied => {
-                self.bytes_copied.fetch_add(bytes, Ordering::Relaxed);
-                &self.blobs_copied
+                self.shared.bytes_copied.fetch_add(bytes, Ordering::Relaxed);
+                &self.shared.blobs_copied
             }
         };
         blobs.fetch_add(1, Ordering::Relaxed);

@@ -10,6 +10,6 @@ mod prepare;
 mod secret;
 mod validate;
 
-pub use prepare::{Prepared, prepare};
-pub use secret::{Account, Problem, Secrets, content, fingerprint};
+pub use prepare::{Prepared, last_digests, prepare};
+pub use secret::{Account, Problem, Secrets, content, fingerprint, is_object_name};
 pub use validate::{InvalidSpec, RegistrySettings, ValidatedMirror, WantedImage, WantedTags, validate, validate_with};

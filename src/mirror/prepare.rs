@@ -3,9 +3,13 @@
 //! A missing Secret does not stop the run: images that another credential matches are copied, and only those that
 //! would go anonymous because of it fail with its reason. A bad Secret for the target fails all, without a request.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use crate::{
+    api::v1alpha1::ImageMirrorStatus,
     auth::CredentialStore,
     oci::{Digest, Host, RepositoryName, Tag},
     reason::Reason,
@@ -14,7 +18,7 @@ use crate::{
 };
 
 use super::{
-    secret::{Problem, Secrets, credentials, proxy, transport},
+    secret::{Account, Problem, Secrets, credentials, proxy, transport},
     validate::{RegistrySettings, ValidatedMirror},
 };
 
@@ -109,6 +113,29 @@ pub fn prepare(
     let registries =
         Registries { sources: Sources::Registries(sources.collect()), target: Destination::Registry(target_access) };
     Prepared { request, selections, registries, problems, fingerprint: secrets.fingerprint() }
+}
+
+/// How target tags were after the last run, as far as the status says. What their digests were made of counts only for
+/// the spec that is carried out now: another may name other platforms.
+#[must_use]
+pub fn last_digests(mirror: &ValidatedMirror, status: &ImageMirrorStatus) -> BTreeMap<String, Last> {
+    let is_current = status.last_sync.as_ref().is_some_and(|last| last.spec_hash == mirror.spec_hash);
+    let known = status.images.iter().filter_map(|image| {
+        let source_digest = image.source_digest.clone().filter(|_| is_current);
+        Some((image.target.clone(), Last { digest: image.digest.clone()?, source_digest }))
+    });
+    known.collect()
+}
+
+impl ValidatedMirror {
+    /// The names of all Secrets that it needs.
+    #[must_use]
+    pub fn secret_names(&self, account: &Account) -> BTreeSet<String> {
+        let settings =
+            self.registries.values().flat_map(|settings| settings.cert_secret.iter().chain(&settings.proxy_secret));
+        let pull = self.pull_secrets.iter().chain(&self.target_secret).chain(&account.pull_secrets);
+        pull.chain(settings).cloned().collect()
+    }
 }
 
 /// What is known of the tags of one repository.

@@ -89,6 +89,18 @@ impl Secrets {
     }
 }
 
+/// Whether it is a DNS subdomain (RFC 1123), as the names of Secrets are.
+#[must_use]
+pub fn is_object_name(name: &str) -> bool {
+    let is_end = |byte: Option<u8>| byte.is_some_and(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit());
+    let inner = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-' || byte == b'.';
+    name.len() <= 253
+        && name.bytes().all(inner)
+        && is_end(name.bytes().next())
+        && is_end(name.bytes().last())
+        && !name.contains("..")
+}
+
 /// A Secret that does not exist.
 #[must_use]
 pub(crate) fn not_found(name: &str) -> Problem {
@@ -98,7 +110,10 @@ pub(crate) fn not_found(name: &str) -> Problem {
 }
 
 fn invalid(name: &str, what: &str) -> Problem {
-    Problem { reason: Reason::SecretInvalid, message: format!("Secret {name:?} cannot be used: {what}") }
+    Problem {
+        reason: Reason::SecretInvalid,
+        message: format!("Secret {name:?} cannot be used: {what}; correct it, or name another in the spec"),
+    }
 }
 
 /// Reads a Secret as credentials.
@@ -251,6 +266,14 @@ mod tests {
             (&[("other", "x")], Reason::SecretInvalid),
         ] {
             assert_eq!(transport("ca", &secret("Opaque", data, None)).unwrap_err().reason, reason);
+        }
+    }
+
+    #[test]
+    fn names_that_would_be_other_paths_are_no_names() {
+        assert!(is_object_name("registry-push.v1"));
+        for bad in ["", "../../other/secrets/x", "a/b", "a b", "A", "-a", "a.", "a..b", &"a".repeat(254)] {
+            assert!(!is_object_name(bad), "{bad}");
         }
     }
 }

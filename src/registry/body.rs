@@ -23,25 +23,30 @@ use crate::oci::{Descriptor, Hasher};
 /// The bytes of a blob as they arrive.
 pub type BlobStream = Pin<Box<dyn Stream<Item = Result<Bytes, Error>> + Send>>;
 
-/// Counts the bytes of one blob into a sum that others add to, and takes them out again if the blob fails.
+/// Counts the bytes of one blob into sums that others add to, and takes them out again if the blob fails.
 #[derive(Debug)]
 pub struct Meter {
     sum: Arc<AtomicU64>,
+    also: Option<Arc<AtomicU64>>,
     mine: AtomicU64,
 }
 
 impl Meter {
-    /// A meter that adds to `sum`.
+    /// A meter that adds to `sum`, and to `also`.
     #[must_use]
-    pub fn new(sum: Arc<AtomicU64>) -> Self {
-        Self { sum, mine: AtomicU64::new(0) }
+    pub fn new(sum: Arc<AtomicU64>, also: Option<Arc<AtomicU64>>) -> Self {
+        Self { sum, also, mine: AtomicU64::new(0) }
     }
 
     /// So many bytes of the blob have moved by now.
     pub(super) fn set(&self, bytes: u64) {
         let before = self.mine.swap(bytes, Ordering::Relaxed);
         // Wraps to a subtraction where bytes have to be sent again.
-        self.sum.fetch_add(bytes.wrapping_sub(before), Ordering::Relaxed);
+        let change = bytes.wrapping_sub(before);
+        self.sum.fetch_add(change, Ordering::Relaxed);
+        if let Some(also) = &self.also {
+            also.fetch_add(change, Ordering::Relaxed);
+        }
     }
 
     /// The blob is there, whole.
@@ -368,7 +373,7 @@ mod tests {
     fn feed(blob: &Descriptor, parts: Vec<Vec<u8>>, sum: &Arc<AtomicU64>) -> SharedFeed {
         let marks = Marks::for_size(blob.size);
         let beginning = Feed::beginning(blob, &marks, 0);
-        let meter = Arc::new(Meter::new(Arc::clone(sum)));
+        let meter = Arc::new(Meter::new(Arc::clone(sum), None));
         Arc::new(Mutex::new(Feed::new(&opener(blob), beginning, stream(parts), marks, meter)))
     }
 
@@ -428,7 +433,8 @@ mod tests {
         let (offset, hasher) = Feed::beginning(&blob, &marks, stored);
         assert!((2_000_000..=stored).contains(&offset), "begins at {offset}");
         let stream = stream(parts(usize::try_from(offset).unwrap()));
-        let mut next = Feed::new(&opener(&blob), (offset, hasher), stream, marks, Arc::new(Meter::new(Arc::default())));
+        let mut next =
+            Feed::new(&opener(&blob), (offset, hasher), stream, marks, Arc::new(Meter::new(Arc::default(), None)));
         next.skip_to(stored).await.unwrap();
         let next = Arc::new(Mutex::new(next));
         let (sent, failure) = sent(&next, blob.size - stored).await;

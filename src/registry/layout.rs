@@ -51,7 +51,7 @@ const READ_SIZE: usize = 128 << 10;
 #[derive(Debug, thiserror::Error)]
 pub enum LayoutError {
     /// It holds something else.
-    #[error("{} is no OCI image layout of version 1: {what}", .dir.display())]
+    #[error("{} is no OCI image layout of version 1: {what}; name another directory", .dir.display())]
     NotALayout {
         /// The directory.
         dir: PathBuf,
@@ -59,10 +59,10 @@ pub enum LayoutError {
         what: String,
     },
     /// Two writers would lose each other's tags.
-    #[error("another process writes to {}: wait for its end", .0.display())]
+    #[error("another process writes to {}; wait for its end", .0.display())]
     Locked(PathBuf),
     /// The file system refused.
-    #[error("{}: {source}", .dir.display())]
+    #[error("{} cannot be used: {source}; name another directory, or see to its permissions", .dir.display())]
     Io {
         /// The directory.
         dir: PathBuf,

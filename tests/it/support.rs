@@ -444,3 +444,14 @@ fn install_rbac(env: &Env, namespace: &str, watched: &[&str], more: &str) -> Res
 pub(crate) fn free_port() -> Result<u16> {
     Ok(std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
 }
+
+/// Compares a text with the one in the repository, or writes it there.
+pub(crate) fn golden(name: &str, text: &str) -> Result<()> {
+    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(name);
+    if std::env::var_os("UPDATE_GOLDEN").is_some() {
+        std::fs::write(&path, text)?;
+    }
+    let expected = std::fs::read_to_string(&path).with_context(|| path.display().to_string())?;
+    ensure!(text == expected, "{name} is not as it was; `make golden` writes it anew:\n{text}");
+    Ok(())
+}

@@ -1,6 +1,6 @@
 //! Namespaces are walls: what an operator may do and does, in the namespaces of the objects that it serves and in others.
 
-use std::{collections::BTreeSet, fs, path::Path, process::Command};
+use std::{collections::BTreeSet, process::Command};
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
@@ -8,7 +8,7 @@ use testenv::images::Image;
 
 use crate::{
     audit::asked,
-    support::{Place, kubectl, message, rendered_chart, run},
+    support::{Place, golden, kubectl, message, rendered_chart, run},
 };
 
 #[test]
@@ -151,7 +151,7 @@ async fn the_rights_are_those_of_the_golden_files() -> Result<()> {
         }
         Ok(text.join("\n"))
     };
-    golden("rights-of-one-namespace.txt", &rights()?)?;
+    golden("tests/golden/rights-of-one-namespace.txt", &rights()?)?;
     let only = ["--show-only", "templates/rbac.yaml", "--show-only", "templates/serviceaccount.yaml"];
     let objects = rendered_chart(place.env, &place.namespace, &only)?;
     let mut apply = Command::new(place.env.tools.join("kubectl"));
@@ -166,20 +166,9 @@ async fn the_rights_are_those_of_the_golden_files() -> Result<()> {
         Ok(rights()?.matches("secrets ").count() == 2)
     })
     .await?;
-    let outcome = golden("rights-of-the-cluster.txt", &rights()?);
+    let outcome = golden("tests/golden/rights-of-the-cluster.txt", &rights()?);
     for kind in ["clusterrolebinding", "clusterrole"] {
         kubectl(place.env, &["delete", kind, &format!("{}:imagemirror", place.namespace)])?;
     }
     outcome
-}
-
-/// Compares a text with the one in `tests/golden`, or writes it there.
-fn golden(name: &str, text: &str) -> Result<()> {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name);
-    if std::env::var_os("UPDATE_GOLDEN").is_some() {
-        fs::write(&path, text)?;
-    }
-    let expected = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
-    ensure!(text == expected, "{name} is not as it was; `make golden` writes it anew:\n{text}");
-    Ok(())
 }

@@ -60,6 +60,12 @@ impl Commands {
         })
     }
 
+    /// Lets kubectl find the program as its plugin.
+    pub(super) fn install_plugin(&self, binary: &Path) -> Result<()> {
+        let link = self.dir.join("kubectl-imagemirror");
+        std::os::unix::fs::symlink(binary, &link).with_context(|| format!("link {}", link.display()))
+    }
+
     /// Writes a file of the demo.
     pub(super) fn write(&self, name: &str, content: &str) -> Result<()> {
         std::fs::write(self.dir.join(name), content).with_context(|| format!("write {name}"))
@@ -69,6 +75,22 @@ impl Commands {
     pub(super) async fn show(&self, line: &str) -> Result<()> {
         self.announce(line);
         terminal::output(&self.quiet(line).await?);
+        Ok(())
+    }
+
+    /// The same with what it prints to standard error, for a command that ends with `code`.
+    pub(super) async fn show_all(&self, line: &str, code: i32) -> Result<()> {
+        self.announce(line);
+        let output = tempfile::tempfile()?;
+        let mut running = self.start_into(line, output.try_clone()?, output.into())?;
+        let Ok(status) = tokio::time::timeout(DEADLINE, running.process.wait()).await else {
+            bail!("`{line}` has not ended in {} s", DEADLINE.as_secs());
+        };
+        let (status, said) = (status?, running.news()?);
+        terminal::output(said.trim_end());
+        if status.code() != Some(code) {
+            bail!("`{line}` ended with {status} instead of {code}");
+        }
         Ok(())
     }
 
@@ -97,15 +119,20 @@ impl Commands {
     }
 
     fn start_with(&self, line: &str, errors: Stdio) -> Result<Running> {
+        self.start_into(line, tempfile::tempfile()?, errors)
+    }
+
+    fn start_into(&self, line: &str, output: File, errors: Stdio) -> Result<Running> {
         let mut words = line.split_whitespace();
         let program = words.next().context("no command")?;
-        let output = tempfile::tempfile()?;
         let mut command = Command::new(self.tools.join(program));
         command
             .args(words)
             .current_dir(&self.dir)
             .env_clear()
             .env("HOME", &self.dir)
+            // Where kubectl finds its plugins.
+            .env("PATH", &self.dir)
             .env("KUBECONFIG", &self.kubeconfig)
             .env("SSL_CERT_FILE", &self.ca)
             .env("DOCKER_CONFIG", &self.dir)

@@ -67,6 +67,11 @@ pub(super) async fn rebuilt_agent() -> Result<Tagged> {
     Ok(Tagged { name: "agent", tag: "7.70.0", image: image_of(&[CRANE, DIGEST]).await? })
 }
 
+/// The operator under the same tag, with a layer that the target has nowhere.
+pub(super) fn rebuilt_operator() -> Tagged {
+    Tagged { name: "operator", tag: "1.18.0", image: Image::multi_arch(1, &[10_000_000], &PLATFORMS) }
+}
+
 async fn image_of(packages: &[&'static str]) -> Result<Image> {
     let mut platforms = Vec::new();
     for platform in PLATFORMS {

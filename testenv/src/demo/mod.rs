@@ -102,6 +102,7 @@ async fn play(binary: &Path, run_dir: &Path, keep: Option<&AtomicBool>) -> Resul
     let (source, target) = (named(&parts.env.source, &line.host())?, named(&parts.env.target, &parts.env.target.host)?);
     let commands = Commands::new(&parts.env, &[&source, &target])?;
     let scene = Scene { parts, commands, _line: line, source, target, images };
+    scene.commands.install_plugin(binary)?;
     scene.introduce(started.elapsed()).await?;
 
     step(
@@ -243,8 +244,27 @@ impl Scene {
         output(&summary(&watch.mirror));
         sides.compare(lost).await?;
 
+        self.show_plugin(&sides).await?;
+
         say("\n      And the operator itself:");
         operator::check_memory(operator)
+    }
+
+    /// The same by other means.
+    async fn show_plugin(&self, sides: &Sides<'_>) -> Result<()> {
+        step(
+            10,
+            "Do the same with the kubectl plugin",
+            "It is the same program under the name kubectl-imagemirror. The operator image was rebuilt, too.",
+        );
+        let rebuilt = images::rebuilt_operator();
+        rebuilt.push(self.env()).await?;
+        for (command, code) in
+            [("diff datadog", 4), ("sync datadog --wait", 0), ("list", 0), ("status datadog", 0), ("diff datadog", 0)]
+        {
+            self.commands.show_all(&format!("kubectl imagemirror {command} -n monitoring"), code).await?;
+        }
+        sides.compare(&rebuilt).await
     }
 
     /// Sets the annotation and waits until the status says that it was seen to.

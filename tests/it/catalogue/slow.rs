@@ -89,7 +89,9 @@ async fn slow_target(bench: Bench, times: u32) -> Result<()> {
         bench.failed(&report, &[Reason::TargetUnavailable], None).await?;
     }
     let (puts, reads) = (bench.target.count(&put), bench.source.count(&get_blob(layer(&BIG)?)));
-    ensure!((2..=4).contains(&puts) && reads == puts, "{}{}", lines(&bench.source), lines(&bench.target));
+    // A line that waits for long may break, and be taken up again, once.
+    let reads_are_few = (puts..=puts + 1).contains(&reads);
+    ensure!((2..=4).contains(&puts) && reads_are_few, "{}{}", lines(&bench.source), lines(&bench.target));
     Ok(())
 }
 

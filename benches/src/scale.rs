@@ -161,7 +161,7 @@ impl Scale<'_> {
         let (alone, beside) = (seconds[0], seconds[1]);
         Ok(vec![
             row(
-                "W1 beside 26 objects of hostile registries: `kubectl apply` → Ready; alone",
+                "W1 beside 28 objects of hostile registries: `kubectl apply` → Ready; alone",
                 format!("{beside:.2} s; {alone:.2} s ({:.2} times)", beside / alone),
                 "",
             ),

@@ -276,6 +276,29 @@ mod tests {
         assert_eq!(blocked(&mirror, &Secrets::default()), [None, None]);
     }
 
+    /// A panic says what somebody formatted: nothing of what a run is made of tells a password.
+    #[test]
+    fn a_panic_that_shows_a_run_shows_no_password() {
+        let mirror = mirror("  target: {registry: t.io, secretRef: {name: push}}");
+        let canary = "canary-1f0c";
+        let json = format!(r#"{{"auths":{{"t.io":{{"username":"u","password":"{canary}"}}}}}}"#);
+        let secret = Secret {
+            type_: Some("kubernetes.io/dockerconfigjson".into()),
+            data: Some([(".dockerconfigjson".to_owned(), ByteString(json.into_bytes()))].into()),
+            ..Secret::default()
+        };
+        let secrets = secrets(&[("push", Some(secret))]);
+        let prepared = prepare(&mirror, &secrets, |_| Transport::default(), &BTreeMap::new());
+        let shown = std::panic::AssertUnwindSafe(|| panic!("{prepared:?} of {mirror:?} with {secrets:?}"));
+        let panic = std::panic::catch_unwind(shown).unwrap_err();
+        let message = panic.downcast_ref::<String>().unwrap();
+        assert!(message.contains("t.io") && message.contains("push"), "{message}");
+        let bytes = format!("{:?}", canary.as_bytes());
+        for form in [canary, bytes.trim_matches(['[', ']'])] {
+            assert!(!message.contains(form), "{message}");
+        }
+    }
+
     #[test]
     fn the_fingerprint_follows_the_content() {
         let mirror = mirror("  target: {registry: t.io, secretRef: {name: push}}");

@@ -1,6 +1,6 @@
 //! Secrets as credentials and certificates. Messages name the Secret and the key, never the content.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{collections::BTreeMap, fmt, sync::Arc};
 
 use bytes::Bytes;
 use k8s_openapi::{ByteString, api::core::v1::Secret};
@@ -19,12 +19,19 @@ use crate::{
 pub type Problem = Failure;
 
 /// The Secrets that an object names, as they were read, and its `ServiceAccount`.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Default)]
 pub struct Secrets {
     /// By name: the Secret, or why it could not be read.
     pub found: BTreeMap<String, Result<Secret, Problem>>,
     /// The `ServiceAccount`; empty without one.
     pub account: Account,
+}
+
+/// Names alone.
+impl fmt::Debug for Secrets {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_set().entries(self.found.keys()).finish()
+    }
 }
 
 /// What a `ServiceAccount` says of Secrets.

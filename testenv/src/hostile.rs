@@ -51,6 +51,8 @@ pub enum Threat {
     Size,
     /// An index of many large children, with layers that come slowly.
     Children,
+    /// An index of a thousand equal indexes of a thousand equal indexes, six deep.
+    Bomb,
     /// Large manifests that are good, with layers that come slowly.
     Large,
     /// A manifest that comes a byte at a time.
@@ -60,7 +62,7 @@ pub enum Threat {
 }
 
 impl Threat {
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 14] = [
         Self::Huge,
         Self::Endless,
         Self::Keys,
@@ -71,6 +73,7 @@ impl Threat {
         Self::Redirects,
         Self::Size,
         Self::Children,
+        Self::Bomb,
         Self::Large,
         Self::Slow,
         Self::Silent,
@@ -90,6 +93,7 @@ impl Threat {
             Self::Redirects => "redirects",
             Self::Size => "size",
             Self::Children => "children",
+            Self::Bomb => "bomb",
             Self::Large => "large",
             Self::Slow => "slow",
             Self::Silent => "silent",
@@ -125,6 +129,7 @@ impl Hostile {
         }
         LazyLock::force(&LARGE);
         LazyLock::force(&CHILDREN_OF);
+        LazyLock::force(&BOMB);
         let listener = TcpListener::bind("127.0.0.1:0").await?;
         let address: SocketAddr = listener.local_addr()?;
         let router = Router::new()
@@ -222,6 +227,17 @@ static CHILDREN_OF: LazyLock<(Content, Vec<Content>)> = LazyLock::new(|| {
     (Content::new(OCI_INDEX, index.to_string()), children)
 });
 
+/// What the names of the bomb lead to, the outermost last. The innermost has a layer that is slow to come.
+static BOMB: LazyLock<Vec<Content>> = LazyLock::new(|| {
+    let mut levels = vec![Image::single(5, &[1000]).root];
+    for _ in 0..6 {
+        let inner = levels.last().map(Content::descriptor);
+        let index = json!({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": vec![inner; 1000]});
+        levels.push(Content::new(OCI_INDEX, index.to_string()));
+    }
+    levels
+});
+
 async fn manifest(Path((name, reference)): Path<(String, String)>, request: Request) -> Response<Body> {
     // Nobody knows what a manifest is before it is read.
     if request.method() == "HEAD" {
@@ -258,6 +274,10 @@ async fn manifest(Path((name, reference)): Path<(String, String)>, request: Requ
             }
         }
         "large" => answer(OCI_MANIFEST, Body::from(LARGE.replace("$TAG", &reference))),
+        "bomb" => match BOMB.iter().find(|level| level.digest == reference).or(BOMB.last()) {
+            Some(level) => whole(level),
+            None => not_found(),
+        },
         "slow" => answer(OCI_MANIFEST, slow()),
         _ => {
             std::future::pending::<()>().await;

@@ -30,7 +30,9 @@ fn reasons(threat: Threat) -> &'static [&'static str] {
         Threat::Pages | Threat::Tags => &["SourceUnavailable", "Timeout"],
         Threat::Redirects => &["Blocked", "Timeout"],
         Threat::Size => &["IntegrityError", "Timeout"],
-        Threat::Children | Threat::Large | Threat::Slow | Threat::Silent => &["SourceUnavailable", "Timeout"],
+        Threat::Children | Threat::Bomb | Threat::Large | Threat::Slow | Threat::Silent => {
+            &["SourceUnavailable", "Timeout"]
+        }
     }
 }
 

@@ -25,6 +25,7 @@ use super::{
 };
 use crate::{
     api::{ConditionType, ImageMirror, ImageMirrorStatus, schema},
+    config::Timing,
     mirror::{InvalidSpec, Prepared, Secrets, ValidatedMirror, last_digests, prepare, validate},
     plan::Action,
     reason::{Reason, Retry},
@@ -76,7 +77,8 @@ async fn look(id: Identity, object: &Arc<Guarded>, context: &Arc<Context>) -> Re
         report(&id, &validated, &mut current, &ended, context).instrument(span).await?;
     }
     context.observe(&id, &current.status);
-    let glance = look_at_secrets(&id, &validated, &current.status, now, context).await?;
+    let timing = context.config.timing_of_decisions();
+    let glance = look_at_secrets(&id, &validated, &current.status, (now, &timing), context).await?;
     let last = context.runner.last(&id.uid);
     let is_change = |glance: &Glance| last.as_ref().is_none_or(|last| last.fingerprint != glance.fingerprint);
     let times = last.as_ref().filter(|last| last.spec_hash == validated.spec_hash).map(|last| last.times);
@@ -91,8 +93,7 @@ async fn look(id: Identity, object: &Arc<Guarded>, context: &Arc<Context>) -> Re
         times,
         spread: spread_of(&id.uid),
     };
-    let timing = &context.config.timing;
-    match decide(&validated, &current.status, run, &known, &context.config.timing_of_decisions(), now) {
+    match decide(&validated, &current.status, run, &known, &timing, now) {
         Decision::Start(scope) => {
             start(&id, &validated, &mut current, scope, context).await?;
             Ok(Requeue::requeue(timing.progress_first))
@@ -241,15 +242,14 @@ async fn look_at_secrets(
     id: &Identity,
     mirror: &ValidatedMirror,
     status: &ImageMirrorStatus,
-    now: Timestamp,
+    (now, timing): (Timestamp, &Timing),
     context: &Context,
 ) -> Result<Option<Glance>, Error> {
     let Some(since) = waiting_for_credentials(status).filter(|_| !mirror.suspended) else { return Ok(None) };
     if context.runner.view(&id.uid).is_some() {
         return Ok(None);
     }
-    let timing = context.config.timing_of_decisions();
-    let is_fresh = |age| !credentials_due(since, age, now, &timing).is_zero();
+    let is_fresh = |age| !credentials_due(since, age, now, timing).is_zero();
     glance(context, mirror, is_fresh).await.map(Some)
 }
 

@@ -100,13 +100,13 @@ impl State {
 
 impl Drop for Turn {
     fn drop(&mut self) {
-        let mut next = {
+        let next = {
             let mut state = self.turns.state();
             state.ended(&self.namespace);
             state.next().map(|(namespace, next)| (next, self.turns.turn(&mut state, namespace)))
         };
-        // One that has stopped waiting gives the place back at once, which makes the next one's turn.
-        if let Some((next, turn)) = next.take() {
+        if let Some((next, turn)) = next {
+            // One that has stopped waiting gives the place back at once, which makes the next one's turn.
             let _ = next.send(turn);
         }
     }

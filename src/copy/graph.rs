@@ -178,9 +178,9 @@ impl<'a> Walk<'a> {
             let children = self.named_by(&manifest)?;
             let held = self.run.hold_manifest(manifest);
             let ((), attached) = try_join(self.all(&children, depth, resend), self.attached(digest, depth)).await?;
-            let (manifest, room) = match held {
-                Some((manifest, room)) => (manifest, Some(room)),
-                None => (self.fetch(descriptor).await.map_err(incomplete)?, None),
+            let manifest = match held {
+                Some(manifest) => manifest,
+                None => self.fetch(descriptor).await.map_err(incomplete)?,
             };
             match self.target.put_manifest(&manifest).await {
                 Err(error) if is_blob_unknown(&error) && !resend => {
@@ -189,7 +189,6 @@ impl<'a> Walk<'a> {
                 }
                 result => result.map_err(CopyError::target)?,
             }
-            drop(room);
             self.found(digest, attached, depth);
             Ok(())
         }

@@ -15,7 +15,7 @@ use tokio::sync::{Mutex as AsyncMutex, OnceCell};
 use super::Fence;
 use crate::{
     oci::{Digest, RawManifest, Tag},
-    registry::{Memory, Meter, Room, Sessions, Source, Stored, Target},
+    registry::{Memory, Meter, Sessions, Source, Stored, Target},
 };
 
 /// Larger manifests are not kept while their blobs are copied.
@@ -222,12 +222,12 @@ impl Run {
         self.shared.done.lock().unwrap_or_else(PoisonError::into_inner).remove(&key);
     }
 
-    /// Keeps a manifest while there is room for it. One that is large, or one too many, is given up: it is fetched again
-    /// when it is its turn to be written.
-    pub(super) fn hold_manifest(&self, manifest: RawManifest) -> Option<(RawManifest, Room)> {
-        let bytes = manifest.bytes.len() as u64;
-        let room = if bytes <= WORTH_HOLDING { self.shared.memory.try_take(bytes) } else { None };
-        room.map(|room| (manifest, room))
+    /// Keeps a manifest while there is room for it, which comes back with its bytes. One that is large, or one too many,
+    /// is given up: it is fetched again when it is its turn to be written.
+    pub(super) fn hold_manifest(&self, manifest: RawManifest) -> Option<RawManifest> {
+        let size = manifest.bytes.len() as u64;
+        let room = if size <= WORTH_HOLDING { self.shared.memory.try_take(size) } else { None };
+        room.map(|room| RawManifest { bytes: room.around(manifest.bytes), ..manifest })
     }
 
     /// The tags of a source repository that are about digests, read once in a run.

@@ -18,7 +18,7 @@ pub struct Memory {
 
 /// A part of the room, given back when it is dropped.
 #[derive(Debug)]
-pub struct Room(OwnedSemaphorePermit);
+pub(crate) struct Room(OwnedSemaphorePermit);
 
 impl Memory {
     /// So much unless something else is configured, in bytes: enough for four of the largest manifests.
@@ -61,7 +61,7 @@ impl Room {
     }
 
     /// The bytes that the room is for: it is given back when the last of them is dropped.
-    pub(super) fn around(self, bytes: Bytes) -> Bytes {
+    pub(crate) fn around(self, bytes: Bytes) -> Bytes {
         Bytes::from_owner(Held { bytes, _room: self })
     }
 }

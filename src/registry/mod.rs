@@ -40,7 +40,7 @@ pub use counters::{Code, Counters, HostCounters};
 pub use error::{CertificateProblem, Error, ErrorKind, Side, Step};
 pub use layout::{Layout, LayoutError, LayoutRepository};
 pub use list::{MAX_PAGES, TagList};
-pub use memory::{Memory, Room};
+pub use memory::Memory;
 pub use network::{Denied, Networks, SURROUNDINGS};
 pub use pace::Floor;
 pub use proxy::{Proxy, ProxyError};

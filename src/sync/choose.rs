@@ -135,9 +135,6 @@ async fn read_list(
         .ok_or_else(|| Failure::new(Reason::InternalError, "the source registry was not prepared for this run"))?
         .map_err(|error| fail(CopyError::source(error)))?;
     let list = source.tags(MAX_PAGES).await.map_err(|error| fail(CopyError::source(error)))?;
-    if list.malformed > 0 {
-        tracing::warn!(%host, source = %source.place(), tags = list.malformed, "tags that break the grammar were left out");
-    }
     if !list.is_complete {
         let what = format!("the list of tags of {} has more than {MAX_PAGES} pages", source.place());
         return Err(Failure::new(Reason::SourceUnavailable, &what));

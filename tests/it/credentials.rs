@@ -101,7 +101,7 @@ async fn what_waits_for_a_secret_goes_on_at_once_where_secrets_are_watched() -> 
     let image = Image::single(423, &[1000]);
     place.push(source, "agent", "1", &image).await?;
     // Nobody would look again within the patience of a test.
-    let config = json!({"secrets": {"watch": true}, "networks": {"allow": ["127.0.0.0/8", "::1"]}});
+    let config = json!({"secrets": {"watch": true}});
     let timing = json!({"secretRetry": "200ms", "secretRetryMax": "1h", "leaseDuration": "1m"});
     let _operator = place.operator_from(config, &timing, "debug")?;
     let mut spec = place.spec(source, target, &[("agent", &["1"])]);

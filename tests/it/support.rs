@@ -115,8 +115,7 @@ impl Place {
     }
 
     pub(crate) fn operator_with(&self, timing: &Value, level: &str) -> Result<Operator> {
-        // Registries of tests are on this machine, which is closed by default.
-        self.operator_in(&json!({"allow": ["127.0.0.0/8", "::1"]}), timing, level)
+        self.operator_from(json!({}), timing, level)
     }
 
     pub(crate) fn operator_in(&self, networks: &Value, timing: &Value, level: &str) -> Result<Operator> {
@@ -141,7 +140,7 @@ impl Place {
         self.operator_of(&self.settings(config, timing)?, &["--log-level", level])
     }
 
-    /// A configuration for this place, with times that suit a test.
+    /// A configuration for this place, with times and networks that suit a test.
     pub(crate) fn settings(&self, mut config: Value, timing: &Value) -> Result<Value> {
         let mut times = json!({
             "apiTimeout": "5s", "leaseDuration": "3s", "leaseRenew": "500ms", "tagWriteTimeout": "1200ms", "tagWriteMargin": "2200ms",
@@ -153,6 +152,10 @@ impl Place {
             times.extend(changes.clone());
         }
         config["timing"] = times;
+        if config.get("networks").is_none() {
+            // Registries of tests are on this machine, which is closed by default.
+            config["networks"] = json!({"allow": ["127.0.0.0/8", "::1"]});
+        }
         config["watchNamespaces"] = json!(*self.served.lock().map_err(|_| anyhow::anyhow!("poisoned"))?);
         Ok(config)
     }

@@ -282,20 +282,34 @@ impl Config {
             rate_wait_max: self.timing.rate_wait_max,
         };
         let hosts = self.registries.iter().map(|(host, registry)| (host.clone(), registry.options.clone())).collect();
-        let memory = Some(self.limits.memory);
-        ClientOptions { timing, networks: self.networks.clone(), hosts, memory, counters: None }
+        let transports = self.registries.keys().map(|host| (host.clone(), self.transport_for(host))).collect();
+        ClientOptions {
+            timing,
+            networks: self.networks.clone(),
+            hosts,
+            transports,
+            transport: self.transport_for_others(),
+            memory: Some(self.limits.memory),
+            counters: None,
+        }
     }
 
     /// How a host is reached, as far as the operator's configuration says.
     #[must_use]
     pub fn transport_for(&self, host: &Host) -> Transport {
-        let unknown = || Transport { ca: self.ca.clone(), ..Transport::default() };
-        self.registries.get(host).map_or_else(unknown, |registry| Transport {
-            plain_http: registry.plain_http,
-            ca: registry.ca.clone(),
-            identity: None,
-            proxy: registry.proxy.clone(),
-        })
+        self.registries.get(host).map_or_else(
+            || self.transport_for_others(),
+            |registry| Transport {
+                plain_http: registry.plain_http,
+                ca: registry.ca.clone(),
+                identity: None,
+                proxy: registry.proxy.clone(),
+            },
+        )
+    }
+
+    fn transport_for_others(&self) -> Transport {
+        Transport { ca: self.ca.clone(), ..Transport::default() }
     }
 }
 

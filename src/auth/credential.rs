@@ -1,10 +1,11 @@
 //! A user name and a password, or an identity token, that do not print themselves.
 
-use std::fmt;
+use std::{fmt, sync::Arc};
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use secrecy::{ExposeSecret, SecretString};
 
+use super::Exchange;
 use crate::oci::Digest;
 
 /// What one entry of a pull secret grants, and where it was written.
@@ -14,6 +15,7 @@ pub struct Credential {
     password: SecretString,
     origin: String,
     fingerprint: Digest,
+    exchange: Option<Arc<dyn Exchange>>,
 }
 
 /// The user name that says that the password is an identity token (distribution-spec, `OAuth2` token authentication).
@@ -24,7 +26,20 @@ impl Credential {
     #[must_use]
     pub fn new(username: String, password: SecretString, origin: &str) -> Self {
         let fingerprint = Digest::sha256(format!("{username}\0{}", password.expose_secret()).as_bytes());
-        Self { username, password, origin: origin.to_owned(), fingerprint }
+        Self { username, password, origin: origin.to_owned(), fingerprint, exchange: None }
+    }
+
+    /// One that no registry is shown: what comes of the exchange is. Equal names are equal credentials.
+    #[must_use]
+    pub fn exchanged(exchange: Arc<dyn Exchange>, name: &str, origin: &str) -> Self {
+        let plain = Self::new(name.to_owned(), SecretString::default(), origin);
+        Self { exchange: Some(exchange), ..plain }
+    }
+
+    /// How to have what a registry is shown, where that is another one.
+    #[must_use]
+    pub fn exchange(&self) -> Option<&Arc<dyn Exchange>> {
+        self.exchange.as_ref()
     }
 
     /// A token that a token server has given for logging in without a password.

@@ -16,17 +16,21 @@
 //! ```
 
 mod challenge;
+pub mod cloud;
 mod credential;
+mod exchange;
 #[cfg(test)]
 mod matching;
 #[cfg(test)]
 mod properties;
 mod realm;
+mod slots;
 mod store;
 mod token;
 
 pub use challenge::Challenge;
 pub use credential::Credential;
+pub use exchange::{BoxError, Exchange, ExchangeError, Http, Identity, Issued, Unusable};
 pub use realm::realm_is_trusted;
 pub use store::{ConfigError, CredentialStore};
 pub use token::{NextLogin, Scope, Token, TokenCache, TokenError, TokenKey};

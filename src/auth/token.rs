@@ -11,7 +11,7 @@ use secrecy::SecretString;
 use serde::Deserialize;
 use tokio::sync::Mutex as AsyncMutex;
 
-use super::Credential;
+use super::{Credential, Issued, slots::Slots};
 use crate::oci::{Digest, RepositoryName};
 
 /// What the specification says of tokens that do not name their life.
@@ -121,12 +121,33 @@ impl Token {
 /// while it is shown, as a server may take each of them once.
 pub type NextLogin = Arc<AsyncMutex<Arc<Credential>>>;
 
-/// The tokens of the process.
-#[derive(Default)]
+/// The logins and tokens of the process.
 pub struct TokenCache {
-    slots: Mutex<HashMap<TokenKey, Arc<AsyncMutex<Option<Token>>>>>,
-    /// As long as the process runs, by registry and credential.
-    logins: Mutex<HashMap<(String, Digest), NextLogin>>,
+    tokens: Slots<TokenKey, Token>,
+    issued: Slots<LoginKey, Login>,
+    /// As long as the process runs.
+    next: Mutex<HashMap<LoginKey, NextLogin>>,
+}
+
+/// A registry with its transport, and the fingerprint of a credential.
+type LoginKey = (String, Digest);
+
+/// A login that was issued, and when.
+#[derive(Clone)]
+struct Login {
+    credential: Arc<Credential>,
+    issued_at: Instant,
+    renew_at: Instant,
+}
+
+impl Default for TokenCache {
+    fn default() -> Self {
+        Self {
+            tokens: Slots::new(Token::is_fresh),
+            issued: Slots::new(|login| Instant::now() < login.renew_at),
+            next: Mutex::default(),
+        }
+    }
 }
 
 impl TokenCache {
@@ -138,43 +159,51 @@ impl TokenCache {
         F: FnOnce() -> Fut,
         Fut: Future<Output = Result<Token, E>>,
     {
-        let slot = self.slot(key);
-        let mut slot = slot.lock().await;
-        if let Some(token) = slot.as_ref()
-            && token.is_fresh()
-            && refused.is_none_or(|refused| !refused.is_same(token))
-        {
-            return Ok(token.clone());
-        }
-        *slot = None;
-        let token = fetch().await?;
-        *slot = Some(token.clone());
-        Ok(token)
+        self.tokens.get(key, |token| refused.is_none_or(|refused| !refused.is_same(token)), fetch).await
+    }
+
+    /// The login that a credential is exchanged for at this registry, by one exchange at a time, and again at 80 % of its
+    /// life. One from before `since` is not returned again: it has just been refused.
+    pub async fn issued<F, Fut, E>(
+        &self,
+        registry: &str,
+        credential: &Credential,
+        since: Option<Instant>,
+        exchange: F,
+    ) -> Result<Arc<Credential>, E>
+    where
+        F: FnOnce() -> Fut,
+        Fut: Future<Output = Result<Issued, E>>,
+    {
+        let fetch = || async {
+            let issued_at = Instant::now();
+            let Issued { credential, life } = exchange().await?;
+            Ok(Login { credential, issued_at, renew_at: issued_at + life.mul_f64(0.8) })
+        };
+        let is_new = |login: &Login| since.is_none_or(|since| login.issued_at >= since);
+        let key = (registry.to_owned(), credential.fingerprint().clone());
+        Ok(self.issued.get(key, is_new, fetch).await?.credential)
+    }
+
+    /// The login that was last issued for a credential.
+    #[must_use]
+    pub fn last_issued(&self, registry: &str, credential: &Credential) -> Option<Arc<Credential>> {
+        let key = (registry.to_owned(), credential.fingerprint().clone());
+        self.issued.peek(&key).map(|login| login.credential)
     }
 
     /// What became of this identity token at this registry.
     #[must_use]
     pub fn next_login(&self, registry: &str, credential: &Arc<Credential>) -> NextLogin {
-        let mut logins = self.logins.lock().unwrap_or_else(PoisonError::into_inner);
-        if logins.len() >= Self::MAX_SLOTS {
+        let mut logins = self.next.lock().unwrap_or_else(PoisonError::into_inner);
+        if logins.len() >= Self::MAX_LOGINS {
             logins.retain(|_, login| Arc::strong_count(login) > 1);
         }
         let key = (registry.to_owned(), credential.fingerprint().clone());
         Arc::clone(logins.entry(key).or_insert_with(|| Arc::new(AsyncMutex::new(Arc::clone(credential)))))
     }
 
-    fn slot(&self, key: TokenKey) -> Arc<AsyncMutex<Option<Token>>> {
-        let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
-        if slots.len() >= Self::MAX_SLOTS {
-            // Whoever waits for a slot keeps it alive by its Arc.
-            slots.retain(|_, slot| {
-                Arc::strong_count(slot) > 1 || slot.try_lock().is_ok_and(|t| t.as_ref().is_some_and(Token::is_fresh))
-            });
-        }
-        Arc::clone(slots.entry(key).or_default())
-    }
-
-    const MAX_SLOTS: usize = 4096;
+    const MAX_LOGINS: usize = 4096;
 }
 
 impl Token {
@@ -187,6 +216,8 @@ impl Token {
 #[cfg(test)]
 mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use secrecy::ExposeSecret as _;
 
     use super::*;
 
@@ -232,6 +263,29 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_login_is_exchanged_once_in_its_life_and_once_more_when_it_is_refused() {
+        let cache = TokenCache::default();
+        let (key_pair, exchanges) = (Credential::new("AKIA".into(), "s".into(), "x"), AtomicUsize::new(0));
+        let ask = async |registry: &str, since| {
+            let exchange = || async {
+                let number = exchanges.fetch_add(1, Ordering::Relaxed);
+                let credential = Arc::new(Credential::new("AWS".into(), number.to_string().into(), "x"));
+                Ok::<_, TokenError>(Issued { credential, life: Duration::from_hours(12) })
+            };
+            cache.issued(registry, &key_pair, since, exchange).await.unwrap().password().expose_secret().to_owned()
+        };
+        let before = Instant::now();
+        assert_eq!(
+            (ask("a", None).await, ask("a", None).await, ask("b", None).await),
+            ("0".into(), "0".into(), "1".into())
+        );
+        assert_eq!(ask("a", Some(before)).await, "0", "somebody else has renewed it");
+        assert_eq!(ask("a", Some(Instant::now())).await, "2");
+        let last = cache.last_issued("a", &key_pair).unwrap();
+        assert_eq!(last.password().expose_secret(), "2");
+    }
+
+    #[tokio::test]
     async fn a_refused_token_and_an_old_one_are_fetched_again() {
         let cache = TokenCache::default();
         let fetch = |text: &'static str| move || async move { Ok::<_, TokenError>(token(text)) };
@@ -239,7 +293,8 @@ mod tests {
         let second = cache.get(key(), Some(&first), fetch(r#"{"token":"b","expires_in":300}"#)).await.unwrap();
         assert!(!first.is_same(&second));
         let old = Token { renew_at: Instant::now(), ..second.clone() };
-        *cache.slot(key()).lock().await = Some(old);
+        let put = || async { Ok::<_, TokenError>(old) };
+        cache.get(key(), Some(&second), put).await.unwrap();
         let third = cache.get(key(), None, fetch(r#"{"token":"c","expires_in":300}"#)).await.unwrap();
         assert!(third.is_same(&token(r#"{"token":"c"}"#)));
     }

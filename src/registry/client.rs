@@ -116,6 +116,10 @@ pub struct ClientOptions {
     pub networks: Networks,
     /// Settings of single hosts; others have the default.
     pub hosts: HashMap<Host, HostOptions>,
+    /// How hosts are reached that are no registries, such as those where logins are had.
+    pub transports: HashMap<Host, Transport>,
+    /// The same for hosts that are not among them.
+    pub transport: Transport,
     /// The bytes of manifests and lists in memory at one time; `None` is [`Memory::DEFAULT`].
     pub memory: Option<u32>,
     /// Where it is counted what the client does.
@@ -176,6 +180,13 @@ impl Client {
         credentials: &[Arc<Credential>],
     ) -> Result<reqwest::Client, TransportError> {
         self.inner.pools.get(transport, credentials, self.timing(), &self.inner.networks)
+    }
+
+    /// How a host is reached that is no registry.
+    pub(super) fn transport(&self, host: &str) -> Transport {
+        let Inner { options, .. } = &*self.inner;
+        let set = host.parse::<Host>().ok().and_then(|host| options.transports.get(&host));
+        set.unwrap_or(&options.transport).clone()
     }
 
     pub(super) fn counters(&self) -> Option<&Counters> {

@@ -9,7 +9,7 @@ use jiff::Timestamp;
 use serde::Deserialize;
 
 use super::network::Denied;
-use crate::reason::Reason;
+use crate::{auth::Unusable, reason::Reason};
 
 /// A failed exchange with a registry.
 #[derive(Debug, thiserror::Error)]
@@ -80,6 +80,8 @@ pub enum ErrorKind {
     Io(std::io::ErrorKind),
     /// The client could not be set up.
     Setup(String),
+    /// A credential that cannot be exchanged for what the registry takes.
+    Unusable(Unusable),
     /// Another leader may have taken over: no tag is written any more.
     LeadershipLost,
 }
@@ -109,6 +111,8 @@ pub enum CertificateProblem {
 pub enum Step {
     /// `GET` of a token.
     Token,
+    /// The exchange of a credential for one that the registry takes.
+    Login,
     /// `HEAD` of a manifest.
     HeadManifest,
     /// `GET` of a manifest.
@@ -199,7 +203,8 @@ impl Error {
     #[must_use]
     pub fn is_not_found(&self) -> bool {
         // What a token server does not have says nothing of what it was to be asked for.
-        (self.status() == Some(StatusCode::NOT_FOUND) && self.step != Step::Token) || self.kind == ErrorKind::Missing
+        (self.status() == Some(StatusCode::NOT_FOUND) && !matches!(self.step, Step::Token | Step::Login))
+            || self.kind == ErrorKind::Missing
     }
 
     /// Whether the upload session is gone and a new one may do.
@@ -259,6 +264,7 @@ impl Error {
             ErrorKind::Io(std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded) => Reason::QuotaExceeded,
             ErrorKind::Io(_) => unavailable,
             ErrorKind::Setup(_) => Reason::CertificateInvalid,
+            ErrorKind::Unusable(unusable) => unusable.reason,
             ErrorKind::Status { status, code, .. } => self.status_reason(*status, code.as_deref(), side, unavailable),
         }
     }
@@ -268,9 +274,11 @@ impl Error {
             // A quota of the registry, without a time after which it is over.
             (_, Some("QUOTA_EXCEEDED" | NO_SPACE), _) | (_, _, 507) => Reason::QuotaExceeded,
             (_, Some("TOOMANYREQUESTS"), _) | (_, _, 429) => Reason::RateLimited,
-            (Step::Token, _, 400 | 401 | 403) | (_, Some("UNAUTHORIZED"), _) | (_, _, 401) => {
-                Reason::AuthenticationFailed
-            }
+            (Step::Login, Some(code), _) if code.contains("AccessDenied") => Reason::PermissionDenied,
+            (Step::Token, _, 400 | 401 | 403)
+            | (Step::Login, _, 400 | 401)
+            | (_, Some("UNAUTHORIZED"), _)
+            | (_, _, 401) => Reason::AuthenticationFailed,
             (Step::PutManifest | Step::MoveTag, Some("TAG_INVALID"), _) => Reason::TagImmutable,
             (Step::PutManifest, _, 409) | (Step::MoveTag, _, 405 | 409 | 412) => Reason::TagImmutable,
             (_, Some("DENIED"), _) | (_, _, 403) => Reason::PermissionDenied,
@@ -284,7 +292,7 @@ impl Error {
                 Reason::ManifestRefused
             }
             (Step::PutManifest | Step::MoveTag, _, 400 | 405 | 413 | 415 | 422) => Reason::ManifestRefused,
-            (Step::Token | Step::PutBlob | Step::UploadStatus, _, 404) => unavailable,
+            (Step::Token | Step::Login | Step::PutBlob | Step::UploadStatus, _, 404) => unavailable,
             (_, _, 404) => self.absent(side),
             _ => unavailable,
         }
@@ -303,6 +311,7 @@ impl fmt::Display for Step {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Token => "getting a token for",
+            Self::Login => "getting a login for",
             Self::HeadManifest => "looking up",
             Self::GetManifest | Self::GetChild => "reading the manifest of",
             Self::HeadBlob => "looking up blob",
@@ -389,6 +398,7 @@ impl fmt::Display for ErrorKind {
             Self::Missing => f.write_str("it is not there"),
             Self::Io(kind) => write!(f, "{kind}"),
             Self::Setup(what) => f.write_str(what),
+            Self::Unusable(unusable) => write!(f, "{unusable}"),
             Self::LeadershipLost => f.write_str("this replica may no longer be the leader"),
         }
     }
@@ -433,7 +443,7 @@ pub(super) fn parse_envelope(body: &[u8]) -> (Option<String>, Option<String>) {
 }
 
 /// At most 256 characters, none of them control characters, and no query strings.
-fn clean(text: &str) -> String {
+pub(super) fn clean(text: &str) -> String {
     let printable = text.chars().map(|c| if c.is_control() { ' ' } else { c });
     let words: String = printable.collect();
     let without_queries = words.split(' ').map(|word| word.split_once('?').map_or(word, |(before, _)| before));

@@ -18,6 +18,7 @@ mod known;
 mod layout;
 mod limits;
 mod list;
+mod login;
 mod memory;
 mod network;
 mod pace;

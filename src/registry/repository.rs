@@ -30,7 +30,7 @@ use super::{
     upload::MountFrom,
 };
 use crate::{
-    auth::{Credential, CredentialStore, Scope},
+    auth::{Credential, CredentialStore, Scope, cloud::as_the_host_wants_it},
     oci::{ACCEPT, Descriptor, Digest, Host, RawManifest, RepositoryName, Tag},
 };
 
@@ -87,7 +87,9 @@ impl Repository {
     fn new(client: &Client, access: &Access, name: RepositoryName, scope: Scope) -> Result<Self, Error> {
         let setup =
             |what: String| Error::new(ErrorKind::Setup(what), Step::HeadManifest, access.host.as_str(), name.as_str());
-        let credentials = access.credentials.matching(&access.host, &name);
+        let matching = access.credentials.matching(&access.host, &name);
+        let credentials =
+            matching.iter().map(|written| as_the_host_wants_it(&access.host, written)).collect::<Vec<_>>();
         let http =
             client.http(&access.transport, &credentials).map_err(|error: TransportError| setup(error.to_string()))?;
         let scheme = if access.transport.plain_http { "http" } else { "https" };

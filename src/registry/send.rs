@@ -26,7 +26,9 @@ use super::{
     memory::Room,
     network::Denied,
     pace::Pace,
+    proxy::Proxy,
     repository::Repository,
+    transport::TransportError,
 };
 use crate::auth::{Challenge, Credential, Scope, Token, TokenKey, realm_is_trusted};
 
@@ -91,8 +93,7 @@ impl Authorization {
         Self { kind: AuthorizationKind::Nothing, identity: None }
     }
 
-    fn basic(credential: &Credential) -> Self {
-        let identity = Some(credential.fingerprint().clone());
+    fn basic(credential: &Credential, identity: Identity) -> Self {
         Self { kind: AuthorizationKind::Basic(credential.basic()), identity }
     }
 
@@ -159,6 +160,9 @@ impl Repository {
     /// Sends a request once, with whatever logging in it takes.
     pub(super) async fn execute_once(&self, request: &Request) -> Result<Response, Error> {
         let mut refused: Option<Token> = None;
+        // When a login that was issued before is not good any more.
+        let mut since: Option<std::time::Instant> = None;
+        let began = std::time::Instant::now();
         let mut was_asked = false;
         // What is asked for beside the usual says nothing of the credential.
         let may_choose = request.scope.is_none();
@@ -167,9 +171,19 @@ impl Repository {
             let first = known.first_contact().await;
             let index = self.chosen().load(Ordering::Relaxed);
             let scope = request.scope.as_ref().unwrap_or_else(|| self.scope());
-            let authorization = match self.authorization(index, refused.as_ref(), scope, &request.subject).await {
+            let is_issued = self.credential(index).is_some_and(|written| written.exchange().is_some());
+            let may_renew = is_issued && since.is_none();
+            let found = self.authorization(index, (refused.as_ref(), since), scope, &request.subject).await;
+            let authorization = match found {
                 Ok(authorization) => authorization,
-                Err(error) if is_refusal(error.status()) && may_choose && self.choose_next(index) => continue,
+                Err(error) if error.step == Step::Token && is_refusal(error.status()) && may_renew => {
+                    since = Some(began);
+                    continue;
+                }
+                Err(error) if is_refusal(error.status()) && may_choose && self.choose_next(index) => {
+                    since = None;
+                    continue;
+                }
                 Err(error) => return Err(error),
             };
             let answer = self.follow(request, &authorization).await;
@@ -195,6 +209,10 @@ impl Repository {
                         continue;
                     }
                     AuthorizationKind::Basic(_) if learned => continue,
+                    AuthorizationKind::Basic(_) if may_renew => {
+                        since = Some(began);
+                        continue;
+                    }
                     // What is asked for may have been learned by another request meanwhile.
                     AuthorizationKind::Nothing if !was_asked => {
                         was_asked = true;
@@ -205,7 +223,7 @@ impl Repository {
             }
             if is_refusal(Some(status)) {
                 if may_choose && self.choose_next(index) {
-                    refused = None;
+                    (refused, since) = (None, None);
                     continue;
                 }
                 if let ErrorKind::Status { credential, message, .. } = &mut error.kind {
@@ -252,12 +270,39 @@ impl Repository {
     }
 
     async fn dispatch(&self, request: &Request, url: Url, authorization: &Authorization) -> Result<Response, Error> {
-        let host = host_of(&url);
-        if let Err(denied) = self.client().networks().check_url(self.dialled(&url)) {
+        self.dispatch_over(self.http(), self.dialled(&url), request, &url, authorization).await
+    }
+
+    /// Sends a request to a host that is perhaps not the registry, as the administrator says that it is reached.
+    pub(super) async fn send_outside(&self, request: &Request) -> Result<Response, Error> {
+        let (url, nothing) = (&request.url, Authorization::nothing());
+        if self.is_same_origin(url) {
+            return self.dispatch(request, url.clone(), &nothing).await;
+        }
+        let host = host_of(url);
+        let transport = self.client().transport(&host);
+        let setup = |error: TransportError| {
+            Error::new(ErrorKind::Setup(error.to_string()), request.step, &host, &request.subject)
+        };
+        let http = self.client().http(&transport, self.credentials()).map_err(setup)?;
+        let dialled = transport.proxy.as_deref().map_or(url, Proxy::address);
+        self.dispatch_over(&http, dialled, request, url, &nothing).await
+    }
+
+    async fn dispatch_over(
+        &self,
+        http: &reqwest::Client,
+        dialled: &Url,
+        request: &Request,
+        url: &Url,
+        authorization: &Authorization,
+    ) -> Result<Response, Error> {
+        let host = host_of(url);
+        if let Err(denied) = self.client().networks().check_url(dialled) {
             return Err(Error::new(ErrorKind::Denied(denied), request.step, &host, &request.subject));
         }
         let permit = self.place(&host, &authorization.identity, request).await?;
-        let mut built = reqwest::Request::new(request.method.clone(), url);
+        let mut built = reqwest::Request::new(request.method.clone(), url.clone());
         *built.headers_mut() = request.headers.clone();
         if let Some(value) = authorization.header() {
             built.headers_mut().insert(AUTHORIZATION, value);
@@ -271,7 +316,7 @@ impl Repository {
         let patience = if request.body.is_empty() { timing.head } else { timing.answer };
         let sent = Instant::now();
         let counted = permit.sent(&request.method);
-        let answer = match timeout(patience, self.http().execute(built)).await {
+        let answer = match timeout(patience, http.execute(built)).await {
             Err(_) => Err(Error::new(ErrorKind::TimedOut, request.step, &host, &request.subject)),
             Ok(answer) => answer.map_err(|error| transport_error(error, request.step, &host, &request.subject)),
         };
@@ -295,11 +340,12 @@ impl Repository {
         })
     }
 
-    /// What to send with a request, by what the host is known to ask for.
+    /// What to send with a request, by what the host is known to ask for. A token that was refused, and a login that was
+    /// issued before the one that was refused, are not given again.
     pub(super) async fn authorization(
         &self,
         index: usize,
-        refused: Option<&Token>,
+        (refused, since): (Option<&Token>, Option<std::time::Instant>),
         scope: &Scope,
         subject: &str,
     ) -> Result<Authorization, Error> {
@@ -312,21 +358,28 @@ impl Repository {
                 scope: scope.clone(),
             };
             let identity = key.credential.clone();
-            let fetch = || self.fetch_token(realm, service.as_deref(), index, scope, subject);
+            let fetch = async || {
+                let login = self.login(index, since, subject).await?;
+                self.fetch_token(realm, service.as_deref(), login.as_ref(), scope, subject).await
+            };
             let token = self.client().tokens().get(key, refused, fetch).await?;
             return Ok(Authorization { kind: AuthorizationKind::Token(token), identity });
         }
-        let basic = challenges.contains(&Challenge::Basic);
+        if !challenges.contains(&Challenge::Basic) {
+            return Ok(Authorization::nothing());
+        }
+        let login = self.login(index, since, subject).await?;
         // An identity token is for token servers alone.
-        let shown = self.credential(index).filter(|credential| basic && credential.as_identity_token().is_none());
-        Ok(shown.map_or_else(Authorization::nothing, |c| Authorization::basic(c)))
+        let shown = login.filter(|login| login.as_identity_token().is_none());
+        let identity = self.credential(index).map(|credential| credential.fingerprint().clone());
+        Ok(shown.map_or_else(Authorization::nothing, |login| Authorization::basic(&login, identity)))
     }
 
     async fn fetch_token(
         &self,
         realm: &str,
         service: Option<&str>,
-        index: usize,
+        login: Option<&Arc<Credential>>,
         scope: &Scope,
         subject: &str,
     ) -> Result<Token, Error> {
@@ -338,14 +391,13 @@ impl Repository {
         if !realm_is_trusted(registry, self.is_plain_http(), &url, self.client().auth_hosts(registry)) {
             return Err(fail(ErrorKind::RealmRefused(host), registry.as_str()));
         }
-        let written = self.credential(index);
-        let identity = written.filter(|credential| credential.as_identity_token().is_some());
+        let identity = login.filter(|credential| credential.as_identity_token().is_some());
         let identity = identity.map(|credential| self.client().tokens().next_login(self.registry_key(), credential));
         let mut next = match &identity {
             Some(next) => Some(next.lock().await),
             None => None,
         };
-        let credential = next.as_deref().or(written).cloned();
+        let credential = next.as_deref().or(login).cloned();
         let (credential, is_identity) = (credential.as_ref(), identity.is_some());
         let ask = |by_post: bool| Self::token_request(&url, service, scope, credential.filter(|_| by_post), subject);
         let mut answer = self.ask_for_token(&ask(is_identity), credential.filter(|_| !is_identity)).await?;
@@ -372,7 +424,9 @@ impl Repository {
 
     /// A token server may redirect on its own host, and nowhere else.
     async fn ask_for_token(&self, request: &Request, basic: Option<&Arc<Credential>>) -> Result<Response, Error> {
-        let authorization = basic.map_or_else(Authorization::nothing, |credential| Authorization::basic(credential));
+        let authorization = basic.map_or_else(Authorization::nothing, |credential| {
+            Authorization::basic(credential, Some(credential.fingerprint().clone()))
+        });
         let mut url = request.url.clone();
         for _ in 0..=MAX_REDIRECTS {
             let response = self.dispatch(request, url.clone(), &authorization).await?;
@@ -433,8 +487,7 @@ impl Repository {
         let (code, message) = parse_envelope(&body);
         // A message goes into the status, which more people may read than the Secret.
         let text = String::from_utf8_lossy(&body);
-        let repeats = |text: &str| self.credentials().iter().any(|credential| credential.is_repeated_in(text));
-        let message = message.filter(|message| !repeats(&text) && !repeats(message));
+        let message = message.filter(|message| !self.repeats_a_secret(&text) && !self.repeats_a_secret(message));
         let mut error = self.error(ErrorKind::Status { status, code, message, until, credential: None }, request);
         // What another host says that the registry has sent us to.
         error.host = elsewhere.unwrap_or(error.host);
@@ -578,7 +631,7 @@ fn certificate_problem(error: &rustls::Error) -> Option<CertificateProblem> {
 }
 
 /// Looks for a cause of this type, also inside `io::Error`s, which do not name what they hold as their source.
-fn cause<'a, T: std::error::Error + 'static>(error: &'a (dyn std::error::Error + 'static)) -> Option<&'a T> {
+pub(super) fn cause<'a, T: std::error::Error + 'static>(error: &'a (dyn std::error::Error + 'static)) -> Option<&'a T> {
     let mut current = Some(error);
     while let Some(error) = current {
         if let Some(found) = error.downcast_ref::<T>() {

@@ -293,7 +293,7 @@ impl Upload {
             return Ok(Authorization::nothing());
         }
         let index = repository.chosen().load(Ordering::Relaxed);
-        repository.authorization(index, None, repository.scope(), &request.subject).await
+        repository.authorization(index, (None, None), repository.scope(), &request.subject).await
     }
 
     /// Ends when no byte has moved for too long, or too few have, or the answer after the last one takes too long.

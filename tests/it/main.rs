@@ -12,6 +12,7 @@ mod bounds;
 mod cases;
 mod catalogue;
 mod chart;
+mod clouds;
 mod compatibility;
 mod credentials;
 mod direct;

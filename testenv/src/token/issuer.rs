@@ -8,7 +8,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::Result;
 use base64::Engine;
-use base64::prelude::BASE64_STANDARD;
+use base64::prelude::{BASE64_STANDARD, BASE64_URL_SAFE_NO_PAD};
 use bytes::Bytes;
 use http::{Method, Request, Response, StatusCode, header, request};
 use http_body_util::{BodyExt, Full, Limited};
@@ -56,7 +56,9 @@ impl Issuer {
     }
 
     pub(super) fn refresh_token(&self, user: &str) -> String {
-        let token = format!("refresh-{:032x}", fastrand::u128(..));
+        // As Azure's are: a token that says what it is.
+        let claims = json!({"grant_type": "refresh_token", "jti": format!("{:032x}", fastrand::u128(..))}).to_string();
+        let token = format!("e30.{}.c2ln", BASE64_URL_SAFE_NO_PAD.encode(claims));
         let mut tokens = self.refresh_tokens.lock().unwrap_or_else(PoisonError::into_inner);
         tokens.insert(token.clone(), user.to_owned());
         token

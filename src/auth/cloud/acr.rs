@@ -1,0 +1,148 @@
+//! Azure Container Registry with a token in place of a password, and no user name.
+//!
+//! A refresh token of the registry logs in as it is; any other token is one of Entra, which the registry's own
+//! `/oauth2/exchange` takes for a refresh token (learn.microsoft.com, "Azure Container Registry authentication"; the
+//! protocol is in github.com/Azure/acr, docs/AAD-OAuth.md).
+
+use std::{sync::Arc, time::Duration};
+
+use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
+use bytes::Bytes;
+use futures::future::BoxFuture;
+use http::{Method, header::CONTENT_TYPE};
+use secrecy::{ExposeSecret, SecretString};
+use serde::Deserialize;
+
+use crate::{
+    auth::{Credential, Exchange, ExchangeError, Http, Issued},
+    oci::Host,
+};
+
+/// How long the registry's refresh tokens are good for, where they do not say it.
+const LIFE: Duration = Duration::from_hours(3);
+
+/// A token of Entra, or of the registry.
+pub struct AcrToken {
+    host: Host,
+    token: SecretString,
+    origin: String,
+}
+
+impl AcrToken {
+    /// `origin` is said in messages.
+    #[must_use]
+    pub fn new(host: Host, token: SecretString, origin: &str) -> Self {
+        Self { host, token, origin: origin.to_owned() }
+    }
+
+    /// Asks the registry for a refresh token.
+    async fn ask(&self, http: &dyn Http) -> Result<Issued, ExchangeError> {
+        if Claims::of(&self.token).is_some_and(|claims| claims.grant_type.as_deref() == Some("refresh_token")) {
+            return Ok(self.issued(self.token.clone()));
+        }
+        let host = self.host.as_str();
+        let form = url::form_urlencoded::Serializer::new(String::new())
+            .append_pair("grant_type", "access_token")
+            .append_pair("service", host)
+            .append_pair("access_token", self.token.expose_secret())
+            .finish();
+        let request = http::Request::builder()
+            .method(Method::POST)
+            .uri(format!("https://{host}/oauth2/exchange"))
+            .header(CONTENT_TYPE, "application/x-www-form-urlencoded")
+            .body(Bytes::from(form))
+            .map_err(|error| ExchangeError::Malformed { host: host.to_owned(), what: error.to_string() })?;
+        let answer = http.send(request).await.map_err(ExchangeError::Unanswered)?;
+        if !answer.status().is_success() {
+            let refusal: Refusal = serde_json::from_slice(answer.body()).unwrap_or_default();
+            let first = refusal.errors.into_iter().next().unwrap_or_default();
+            let status = answer.status().as_u16();
+            return Err(ExchangeError::Refused {
+                host: host.to_owned(),
+                status,
+                code: first.code,
+                message: first.message,
+            });
+        }
+        let answer: Answer = serde_json::from_slice(answer.body()).map_err(|_| ExchangeError::Malformed {
+            host: host.to_owned(),
+            what: "its answer holds no refresh token".to_owned(),
+        })?;
+        Ok(self.issued(answer.refresh_token))
+    }
+
+    fn issued(&self, refresh: SecretString) -> Issued {
+        let life = Claims::of(&refresh).and_then(|claims| claims.life()).unwrap_or(LIFE);
+        Issued { credential: Arc::new(Credential::identity_token(refresh, &self.origin)), life }
+    }
+}
+
+impl Exchange for AcrToken {
+    fn exchange(&self, http: Arc<dyn Http>) -> BoxFuture<'_, Result<Issued, ExchangeError>> {
+        Box::pin(async move { self.ask(&*http).await })
+    }
+}
+
+impl std::fmt::Debug for AcrToken {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "AcrToken({} of {}, [redacted])", self.host, self.origin)
+    }
+}
+
+#[derive(Deserialize)]
+struct Answer {
+    refresh_token: SecretString,
+}
+
+#[derive(Default, Deserialize)]
+struct Refusal {
+    #[serde(default)]
+    errors: Vec<Wrong>,
+}
+
+#[derive(Default, Deserialize)]
+struct Wrong {
+    code: Option<String>,
+    message: Option<String>,
+}
+
+/// What a JSON Web Token says of itself (RFC 7519, section 4.1). Nothing is believed of it that matters.
+#[derive(Deserialize)]
+struct Claims {
+    grant_type: Option<String>,
+    iat: Option<u64>,
+    exp: Option<u64>,
+}
+
+impl Claims {
+    fn of(token: &SecretString) -> Option<Self> {
+        let payload = token.expose_secret().split('.').nth(1)?;
+        serde_json::from_slice(&URL_SAFE_NO_PAD.decode(payload.trim_end_matches('=')).ok()?).ok()
+    }
+
+    /// As long as it was made to last: our clock may be another one than theirs.
+    fn life(&self) -> Option<Duration> {
+        let seconds = self.exp?.checked_sub(self.iat?)?;
+        Some(Duration::from_secs(seconds.clamp(60, 86_400)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn token(claims: &str) -> SecretString {
+        format!("e30.{}.c2ln", URL_SAFE_NO_PAD.encode(claims)).into()
+    }
+
+    #[test]
+    fn what_a_token_is_and_how_long_it_lasts_is_read_from_it() {
+        let refresh = Claims::of(&token(r#"{"grant_type":"refresh_token","iat":1000,"exp":11800}"#)).unwrap();
+        assert_eq!(refresh.grant_type.as_deref(), Some("refresh_token"));
+        assert_eq!(refresh.life(), Some(Duration::from_secs(10_800)));
+        assert!(Claims::of(&token(r#"{"aud":"https://management.azure.com/"}"#)).unwrap().grant_type.is_none());
+        for bad in ["", "opaque", "a.?.c", "a.e30"] {
+            assert!(Claims::of(&bad.to_owned().into()).is_none_or(|claims| claims.life().is_none()), "{bad}");
+        }
+    }
+}

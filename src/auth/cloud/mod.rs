@@ -1,0 +1,136 @@
+//! The registries of the clouds: which host is whose, and how an identity of a cloud is exchanged for a login.
+
+mod acr;
+
+pub use acr::AcrToken;
+
+use std::sync::Arc;
+
+use super::Credential;
+use crate::oci::Host;
+
+/// A cloud with logins of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Cloud {
+    /// Amazon Elastic Container Registry, private or public.
+    Aws,
+    /// Azure Container Registry.
+    Azure,
+    /// Google Artifact Registry and Container Registry.
+    Gcp,
+}
+
+impl Cloud {
+    /// The cloud that a registry belongs to, by its host's own pattern. A host with a port belongs to none.
+    #[must_use]
+    pub fn of(host: &Host) -> Option<Self> {
+        let name = host.as_str();
+        let is_azure = || name.split_once('.').is_some_and(|(_, rest)| AZURE.contains(&rest));
+        let is_gcp = || name == "gcr.io" || name.ends_with(".gcr.io") || name.ends_with("-docker.pkg.dev");
+        match () {
+            () if EcrHost::of(host).is_some() => Some(Self::Aws),
+            () if is_azure() => Some(Self::Azure),
+            () if is_gcp() => Some(Self::Gcp),
+            () => None,
+        }
+    }
+}
+
+/// A written login as the host's cloud wants it: some are to be exchanged.
+///
+/// At Azure's registries that is a token without a user name.
+#[must_use]
+pub fn as_the_host_wants_it(host: &Host, written: &Arc<Credential>) -> Arc<Credential> {
+    let is_plain = written.exchange().is_none() && written.as_identity_token().is_none();
+    match Cloud::of(host) {
+        Some(Cloud::Azure) if is_plain && written.username().is_empty() => {
+            let exchange = AcrToken::new(host.clone(), written.password().clone(), written.origin());
+            let name = written.fingerprint().to_string();
+            Arc::new(Credential::exchanged(Arc::new(exchange), &name, written.origin()))
+        }
+        _ => Arc::clone(written),
+    }
+}
+
+/// The suffixes of Azure's registries, by its clouds (learn.microsoft.com, "Azure Container Registry endpoints").
+const AZURE: [&str; 3] = ["azurecr.io", "azurecr.cn", "azurecr.us"];
+
+/// A registry of Amazon's.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum EcrHost {
+    /// `<account>.dkr.ecr[-fips].<region>.amazonaws.com[.cn]`, or `<account>.dkr-ecr[-fips].<region>.on.aws`.
+    Private {
+        /// Twelve digits.
+        account: String,
+        /// Such as `eu-west-1`.
+        region: String,
+        /// Whether it is an endpoint with validated cryptography.
+        fips: bool,
+    },
+    /// `public.ecr.aws`.
+    Public,
+}
+
+impl EcrHost {
+    /// Reads the host (docs.aws.amazon.com, "Amazon ECR endpoints and quotas").
+    #[must_use]
+    pub fn of(host: &Host) -> Option<Self> {
+        let name = host.as_str();
+        if name == "public.ecr.aws" || name == "ecr-public.aws.com" {
+            return Some(Self::Public);
+        }
+        let (account, rest) = name.split_once(".dkr.ecr").or_else(|| name.split_once(".dkr-ecr"))?;
+        let (fips, rest) = rest.strip_prefix("-fips").map_or((false, rest), |rest| (true, rest));
+        let (region, suffix) = rest.strip_prefix('.')?.split_once('.')?;
+        let is_account = account.len() == 12 && account.bytes().all(|byte| byte.is_ascii_digit());
+        let is_region = region.contains('-') && region.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-');
+        let is_ours = ["amazonaws.com", "amazonaws.com.cn", "amazonaws.eu", "on.aws"].contains(&suffix);
+        (is_account && is_region && is_ours).then(|| Self::Private {
+            account: account.to_owned(),
+            region: region.to_owned(),
+            fips,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn clouds_are_known_by_their_own_patterns_and_nothing_that_looks_like_them() {
+        for (host, expected) in [
+            ("123456789012.dkr.ecr.eu-west-1.amazonaws.com", Some(Cloud::Aws)),
+            ("123456789012.dkr.ecr-fips.us-gov-west-1.amazonaws.com", Some(Cloud::Aws)),
+            ("123456789012.dkr.ecr.cn-north-1.amazonaws.com.cn", Some(Cloud::Aws)),
+            ("123456789012.dkr-ecr.us-east-1.on.aws", Some(Cloud::Aws)),
+            ("public.ecr.aws", Some(Cloud::Aws)),
+            ("myregistry.azurecr.io", Some(Cloud::Azure)),
+            ("myregistry.azurecr.cn", Some(Cloud::Azure)),
+            ("gcr.io", Some(Cloud::Gcp)),
+            ("eu.gcr.io", Some(Cloud::Gcp)),
+            ("europe-west1-docker.pkg.dev", Some(Cloud::Gcp)),
+            ("12345678901.dkr.ecr.eu-west-1.amazonaws.com", None),
+            ("123456789012.dkr.ecr.eu-west-1.amazonaws.com.evil.example", None),
+            ("123456789012.dkr.ecr.eu-west-1.amazonaws.com:5000", None),
+            ("evil.example.123456789012.dkr.ecr.eu-west-1.amazonaws.com", None),
+            ("123456789012.dkr.ecr.evil.example.amazonaws.com", None),
+            ("azurecr.io", None),
+            ("a.b.azurecr.io", None),
+            ("myregistry.azurecr.io.evil.example", None),
+            ("notgcr.io", None),
+            ("pkg.dev", None),
+            ("europe-west1-python.pkg.dev", None),
+            ("docker.io", None),
+        ] {
+            assert_eq!(Cloud::of(&host.parse().unwrap()), expected, "{host}");
+        }
+    }
+
+    #[test]
+    fn the_host_of_an_ecr_says_account_and_region() {
+        let host = "123456789012.dkr.ecr-fips.us-east-2.amazonaws.com".parse().unwrap();
+        let private = EcrHost::Private { account: "123456789012".into(), region: "us-east-2".into(), fips: true };
+        assert_eq!(EcrHost::of(&host), Some(private));
+    }
+}

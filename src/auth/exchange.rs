@@ -1,0 +1,85 @@
+//! Logins that say nothing to a registry themselves, and are exchanged for ones that do, for a while: a key pair or an
+//! identity of a cloud.
+//!
+//! An [`Exchange`] does not talk to the network by itself: it is given an [`Http`], which keeps the walls that requests to
+//! registries have, too.
+
+use std::{fmt, sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use futures::future::BoxFuture;
+use secrecy::SecretString;
+
+use super::Credential;
+use crate::reason::Reason;
+
+/// How a login is had from another one.
+pub trait Exchange: fmt::Debug + Send + Sync {
+    /// A login that the registry takes. Whoever asks remembers it, and asks again before it ends.
+    fn exchange(&self, http: Arc<dyn Http>) -> BoxFuture<'_, Result<Issued, ExchangeError>>;
+}
+
+/// A login that ends.
+#[derive(Clone, Debug)]
+pub struct Issued {
+    /// What the registry is shown: a user name and a password, or an identity token.
+    pub credential: Arc<Credential>,
+    /// How long it is good for, from now.
+    pub life: Duration,
+}
+
+/// Sends single requests, with neither redirects nor repetition.
+pub trait Http: fmt::Debug + Send + Sync {
+    /// Sends one. An answer of any status is one; its body is at most 64 KiB.
+    fn send(&self, request: http::Request<Bytes>) -> BoxFuture<'_, Result<http::Response<Bytes>, BoxError>>;
+}
+
+/// Somebody whom a cloud believes by a signed token (OpenID Connect), such as a `ServiceAccount`.
+pub trait Identity: fmt::Debug + Send + Sync {
+    /// A fresh token for this audience.
+    fn token<'a>(&'a self, audience: &'a str) -> BoxFuture<'a, Result<SecretString, ExchangeError>>;
+}
+
+/// Any error.
+pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
+
+/// A login that could not be had.
+#[derive(Debug, thiserror::Error)]
+pub enum ExchangeError {
+    /// No answer came: the cause is of the [`Http`].
+    #[error("there was no answer")]
+    Unanswered(#[source] BoxError),
+    /// The server said no.
+    #[error("{host} answered {status}{}", code.as_ref().map(|code| format!(" {code}")).unwrap_or_default())]
+    Refused {
+        /// The server.
+        host: String,
+        /// The HTTP status.
+        status: u16,
+        /// Its own name for what is wrong.
+        code: Option<String>,
+        /// Its own words.
+        message: Option<String>,
+    },
+    /// An answer that is none.
+    #[error("{host}: {what}")]
+    Malformed {
+        /// The server.
+        host: String,
+        /// What is wrong with it.
+        what: String,
+    },
+    /// There is no point in asking.
+    #[error("{0}")]
+    Unusable(#[from] Unusable),
+}
+
+/// What stands in the way before anybody is asked, and what to do.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{message}")]
+pub struct Unusable {
+    /// For the status.
+    pub reason: Reason,
+    /// For its reader.
+    pub message: String,
+}

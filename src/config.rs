@@ -57,6 +57,8 @@ pub struct Config {
     pub networks: Networks,
     /// Namespaces whose objects are served; empty: all.
     pub watch_namespaces: Vec<String>,
+    /// The namespaces whose objects may log in to registries of clouds with the operator's own identity.
+    pub identity_namespaces: Vec<String>,
     /// Whether Secrets are watched, so that what waits for one goes on at once.
     pub watch_secrets: bool,
     /// Every duration.
@@ -194,6 +196,7 @@ impl Default for Config {
             limits: Limits::default(),
             networks: Networks::closed(Vec::new(), Vec::new()),
             watch_namespaces: Vec::new(),
+            identity_namespaces: Vec::new(),
             watch_secrets: false,
             timing: Timing::default(),
             log: Log::default(),
@@ -344,6 +347,7 @@ struct File {
     limits: LimitsEntry,
     networks: NetworksEntry,
     watch_namespaces: Vec<String>,
+    identity_namespaces: Vec<String>,
     secrets: SecretsEntry,
     timing: BTreeMap<String, String>,
     log: LogEntry,
@@ -488,6 +492,19 @@ impl Wrong {
     }
 }
 
+fn check_namespaces(key: &str, namespaces: &[String]) -> Result<(), Wrong> {
+    let mut seen = HashSet::new();
+    for (index, namespace) in namespaces.iter().enumerate() {
+        let problem = match () {
+            () if !is_label(namespace) => "is no name of a namespace: use a-z, 0-9 and '-', at most 63 characters",
+            () if !seen.insert(namespace) => "is there twice: write it once",
+            () => continue,
+        };
+        return Err(Wrong::new(format!("{key}[{index}]"), format!("{namespace:?} {problem}")));
+    }
+    Ok(())
+}
+
 impl File {
     fn validate(self) -> Result<Config, Wrong> {
         let mut registries = HashMap::new();
@@ -498,15 +515,8 @@ impl File {
                 return Err(Wrong::new(format!("{key}.host"), format!("{host} is there twice: write it once")));
             }
         }
-        let mut seen = HashSet::new();
-        for (index, namespace) in self.watch_namespaces.iter().enumerate() {
-            let problem = match () {
-                () if !is_label(namespace) => "is no name of a namespace: use a-z, 0-9 and '-', at most 63 characters",
-                () if !seen.insert(namespace) => "is there twice: write it once",
-                () => continue,
-            };
-            return Err(Wrong::new(format!("watchNamespaces[{index}]"), format!("{namespace:?} {problem}")));
-        }
+        check_namespaces("watchNamespaces", &self.watch_namespaces)?;
+        check_namespaces("identityNamespaces", &self.identity_namespaces)?;
         let log = Log {
             format: self.log.format.unwrap_or(Log::default().format),
             level: self.log.level.unwrap_or(Log::default().level),
@@ -519,6 +529,7 @@ impl File {
             limits: self.limits.validate()?,
             networks: self.networks.validate()?,
             watch_namespaces: self.watch_namespaces,
+            identity_namespaces: self.identity_namespaces,
             watch_secrets: self.secrets.watch,
             timing: timing(&self.timing)?,
             log,

@@ -298,6 +298,11 @@ pub struct Registry {
     /// The registry as host or host:port, as it stands in source or target. Example: `registry.example.com:5000`.
     #[schemars(length(min = 1, max = 253), regex(pattern = HOST))]
     pub host: String,
+    /// Log in with an identity of the cloud whose registry this is, in place of pull secrets: that of the ServiceAccount in
+    /// serviceAccountName, else the operator's own, if the administrator lets this namespace use it. Only for hosts of that
+    /// cloud. When absent: generic, which is pull secrets.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub provider: Option<Provider>,
     /// Talk HTTP without TLS. When absent: false.
     #[serde(default, rename = "plainHTTP", skip_serializing_if = "Option::is_none")]
     pub plain_http: Option<bool>,
@@ -310,6 +315,21 @@ pub struct Registry {
     /// operator's configuration.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub proxy_secret_ref: Option<SecretReference>,
+}
+
+/// Whose identity logs in to a registry.
+#[derive(Serialize, Deserialize, JsonSchema, Clone, Copy, Debug, PartialEq, Eq)]
+#[schemars(description = "")]
+#[serde(rename_all = "lowercase")]
+pub enum Provider {
+    /// That of pull secrets.
+    Generic,
+    /// One of Amazon's: `<account>.dkr.ecr.<region>.amazonaws.com`, `public.ecr.aws`.
+    Aws,
+    /// One of Azure's: `<name>.azurecr.io`.
+    Azure,
+    /// One of Google's: `<region>-docker.pkg.dev`, `gcr.io`.
+    Gcp,
 }
 
 /// What the operator last saw.

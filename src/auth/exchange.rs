@@ -34,7 +34,7 @@ pub trait Http: fmt::Debug + Send + Sync {
     fn send(&self, request: http::Request<Bytes>) -> BoxFuture<'_, Result<http::Response<Bytes>, BoxError>>;
 }
 
-/// Somebody whom a cloud believes by a signed token (OpenID Connect), such as a `ServiceAccount`.
+/// Somebody whom a cloud believes by a signed token (`OpenID` Connect), such as a `ServiceAccount`.
 pub trait Identity: fmt::Debug + Send + Sync {
     /// A fresh token for this audience.
     fn token<'a>(&'a self, audience: &'a str) -> BoxFuture<'a, Result<SecretString, ExchangeError>>;

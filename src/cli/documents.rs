@@ -18,7 +18,8 @@ use crate::{
         ImageMirror,
         schema::{self, Violation},
     },
-    mirror::{Prepared, Problem, Secrets, ValidatedMirror, prepare, validate_with},
+    auth::cloud::Principal,
+    mirror::{Account, Prepared, Problem, Secrets, ValidatedMirror, prepare, validate_with},
     reason::Reason,
     registry::Transport,
 };
@@ -144,13 +145,10 @@ impl Documents {
     /// A run with the Secrets of the files.
     pub(super) fn prepare(&self, mirror: &ValidatedMirror) -> Prepared {
         let key = |name: &str| (mirror.namespace.clone(), name.to_owned());
-        let mut secrets = Secrets::default();
+        let mut secrets = Secrets { principal: Some(Principal::Program), ..Secrets::default() };
         if let Some(name) = &mirror.service_account {
             match self.accounts.get(&key(name)) {
-                Some(account) => {
-                    let references = account.image_pull_secrets.iter().flatten();
-                    secrets.account.pull_secrets = references.map(|reference| reference.name.clone()).collect();
-                }
+                Some(account) => secrets.account = Account::of(account.clone()),
                 None => {
                     let message = format!(
                         "ServiceAccount {name:?} is not in the files; add it, or remove spec.serviceAccountName"

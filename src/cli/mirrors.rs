@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{Failure, Output, documents::Documents, signals};
 use crate::{
-    auth::{Credential, CredentialStore},
+    auth::{Credential, CredentialStore, cloud::Principal},
     mirror::{Prepared, Secrets, ValidatedMirror, prepare},
     oci::Host,
     registry::{Client, ClientOptions, Layout, LayoutError, Transport},
@@ -149,7 +149,8 @@ fn layout_dir(text: &str) -> Result<PathBuf, String> {
 fn with_docker_configuration(mirror: &ValidatedMirror) -> Result<Prepared, Failure> {
     let without_secrets =
         ValidatedMirror { pull_secrets: Vec::new(), target_secret: None, service_account: None, ..mirror.clone() };
-    let mut prepared = prepare(&without_secrets, &Secrets::default(), |_| Transport::default(), &BTreeMap::new());
+    let program = Secrets { principal: Some(Principal::Program), ..Secrets::default() };
+    let mut prepared = prepare(&without_secrets, &program, |_| Transport::default(), &BTreeMap::new());
     let hosts: BTreeSet<&Host> = mirror.source_hosts().chain([&mirror.target_host]).collect();
     let mut store = CredentialStore::default();
     for host in hosts {
@@ -157,7 +158,8 @@ fn with_docker_configuration(mirror: &ValidatedMirror) -> Result<Prepared, Failu
             store.append(found);
         }
     }
-    for access in prepared.registries.accesses_mut() {
+    let has_identity = |host: &Host| mirror.registries.get(host).is_some_and(|settings| settings.cloud.is_some());
+    for access in prepared.registries.accesses_mut().filter(|access| !has_identity(&access.host)) {
         access.credentials = store.clone();
     }
     Ok(prepared)

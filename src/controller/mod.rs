@@ -14,6 +14,7 @@ mod context;
 mod decide;
 mod error;
 mod events;
+pub(crate) mod identity;
 mod lease;
 mod operator;
 mod reconcile;

@@ -1,6 +1,6 @@
 //! Reads the Secrets and the `ServiceAccount` that a mirror names: by name, with `get`, in the object's own namespace.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use futures::future::{join_all, try_join_all};
 use k8s_openapi::api::core::v1::{Secret, ServiceAccount};
@@ -9,8 +9,10 @@ use kube::Api;
 use super::{
     context::Context,
     error::{Error, call, is_forbidden, is_not_found},
+    identity::ServiceAccountTokens,
 };
 use crate::{
+    auth::cloud::Principal,
     mirror::{Account, Problem, Secrets, ValidatedMirror, content, fingerprint, is_object_name},
     oci::Digest,
     reason::Reason,
@@ -41,7 +43,19 @@ pub(super) async fn resolve(context: &Context, mirror: &ValidatedMirror) -> Resu
         Ok::<_, Error>((name, found))
     };
     let found = join_all(mirror.secret_names(&account).into_iter().map(read)).await;
-    Ok(Secrets { found: found.into_iter().collect::<Result<_, _>>()?, account })
+    let principal = principal(context, mirror, &account);
+    Ok(Secrets { found: found.into_iter().collect::<Result<_, _>>()?, account, principal })
+}
+
+/// Who logs in where an identity does: the `ServiceAccount`, else the operator itself, where the administrator lets it.
+fn principal(context: &Context, mirror: &ValidatedMirror, account: &Account) -> Option<Principal> {
+    let namespace = &mirror.namespace;
+    let Some(name) = &mirror.service_account else {
+        return context.config.identity_namespaces.contains(namespace).then_some(Principal::Program);
+    };
+    let timeout = context.config.timing.api_timeout;
+    let identity = ServiceAccountTokens::new(context.client.clone(), namespace, name, timeout);
+    Some(account.principal(namespace, name, Arc::new(identity)))
 }
 
 /// The same for an object that waits: one question for all that wait for the same Secret. Nothing of it is kept but
@@ -74,10 +88,7 @@ async fn read_account(context: &Context, namespace: &str, name: &str) -> Result<
     let api: Api<ServiceAccount> = Api::namespaced(context.client.clone(), namespace);
     let read = call("reading a ServiceAccount", context.config.timing.api_timeout, api.get(name)).await;
     Ok(match named("ServiceAccount", name, read)? {
-        Ok(account) => {
-            let names = account.image_pull_secrets.into_iter().flatten().map(|reference| reference.name);
-            Account { pull_secrets: names.filter(|name| !name.is_empty()).collect(), problem: None }
-        }
+        Ok(account) => Account::of(account),
         Err(problem) => Account { problem: Some(problem), ..Account::default() },
     })
 }

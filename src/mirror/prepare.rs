@@ -10,7 +10,10 @@ use std::{
 
 use crate::{
     api::v1alpha1::ImageMirrorStatus,
-    auth::CredentialStore,
+    auth::{
+        CredentialStore, Unusable,
+        cloud::{self, Cloud},
+    },
     oci::{Digest, Host, RepositoryName, Tag},
     reason::Reason,
     registry::{Access, Transport},
@@ -49,7 +52,18 @@ pub fn prepare(
     let mut problems = Vec::new();
     let (pull, gaps) = pull_credentials(mirror, secrets);
     problems.extend(gaps.iter().cloned());
-    let target = target_credentials(mirror, secrets, &pull);
+    let logins: BTreeMap<&Host, Result<CredentialStore, Problem>> = mirror
+        .source_hosts()
+        .chain([&mirror.target_host])
+        .filter_map(|host| Some((host, login(host, mirror.registries.get(host)?.cloud?, mirror, secrets))))
+        .collect();
+    let is_used = |host: &Host| mirror.target_secret.is_none() || mirror.source_hosts().any(|source| source == host);
+    problems
+        .extend(logins.iter().filter(|(host, _)| is_used(host)).filter_map(|(_, login)| login.as_ref().err().cloned()));
+    let target = match &mirror.target_secret {
+        Some(name) => secrets.get(name).and_then(|secret| credentials(name, secret)),
+        None => logins.get(&mirror.target_host).cloned().unwrap_or_else(|| Ok(pull.clone())),
+    };
     problems.extend(target.as_ref().err().cloned());
     let mut transports = BTreeMap::new();
     let hosts = mirror.source_hosts().chain([&mirror.target_host]);
@@ -69,7 +83,11 @@ pub fn prepare(
     let why_blocked = |host: &Host, repository: &RepositoryName, target_repository: &RepositoryName| {
         let transport_problem = |host: &Host| transports.get(host).and_then(|found| found.as_ref().err()).cloned();
         let target_problem = || target_is_unmatched(mirror, &target_access.credentials, target_repository, &gaps);
-        let gap = || if pull.matching(host, repository).is_empty() { gaps.first().cloned() } else { None };
+        let gap = || match logins.get(host) {
+            Some(login) => login.as_ref().err().cloned(),
+            None if pull.matching(host, repository).is_empty() => gaps.first().cloned(),
+            None => None,
+        };
         target
             .as_ref()
             .err()
@@ -107,7 +125,9 @@ pub fn prepare(
         looks_at_attached: true,
     };
     let sources = mirror.source_hosts().map(|host| {
-        let access = Access { host: host.clone(), transport: usable(host), credentials: pull.clone() };
+        let login = logins.get(host).map(|login| login.clone().unwrap_or_default());
+        let credentials = login.unwrap_or_else(|| pull.clone());
+        let access = Access { host: host.clone(), transport: usable(host), credentials };
         (host.clone(), access)
     });
     let registries =
@@ -158,15 +178,23 @@ fn pull_credentials(mirror: &ValidatedMirror, secrets: &Secrets) -> (CredentialS
     (store, gaps)
 }
 
-fn target_credentials(
-    mirror: &ValidatedMirror,
-    secrets: &Secrets,
-    pull: &CredentialStore,
-) -> Result<CredentialStore, Problem> {
-    match &mirror.target_secret {
-        Some(name) => secrets.get(name).and_then(|secret| credentials(name, secret)),
-        None => Ok(pull.clone()),
+/// The login of an identity in place of Secrets.
+fn login(host: &Host, cloud: Cloud, mirror: &ValidatedMirror, secrets: &Secrets) -> Result<CredentialStore, Problem> {
+    if let Some(problem) = &secrets.account.problem {
+        return Err(problem.clone());
     }
+    let principal = secrets.principal.as_ref().ok_or_else(|| Problem {
+        reason: Reason::Forbidden,
+        message: format!(
+            "the namespace {} may not use the operator's own identity at {host}; name a ServiceAccount in \
+             spec.serviceAccountName, or have the namespace added to identityNamespaces in the operator's configuration",
+            mirror.namespace
+        ),
+    })?;
+    let failed = |Unusable { reason, message }| Problem { reason, message };
+    let credential = cloud::login(cloud, host, principal).map_err(failed)?;
+    CredentialStore::single(host.as_str(), credential)
+        .map_err(|error| Problem { reason: Reason::InternalError, message: error.to_string() })
 }
 
 /// A Secret that was named for the target and has nothing for it never means anonymous.

@@ -3,12 +3,18 @@
 use std::{collections::BTreeMap, fmt, sync::Arc};
 
 use bytes::Bytes;
-use k8s_openapi::{ByteString, api::core::v1::Secret};
+use k8s_openapi::{
+    ByteString,
+    api::core::v1::{Secret, ServiceAccount},
+};
 use secrecy::{SecretSlice, SecretString};
 
 use crate::{
     api::REGISTRY_OF_SECRET,
-    auth::{Credential, CredentialStore},
+    auth::{
+        Credential, CredentialStore, Identity,
+        cloud::{self, Cloud, Principal},
+    },
     oci::{Algorithm, Digest},
     reason::Reason,
     registry::{Proxy, Transport},
@@ -25,6 +31,8 @@ pub struct Secrets {
     pub found: BTreeMap<String, Result<Secret, Problem>>,
     /// The `ServiceAccount`; empty without one.
     pub account: Account,
+    /// Who logs in where an identity does; nobody where nobody may.
+    pub principal: Option<Principal>,
 }
 
 /// Names alone.
@@ -39,8 +47,27 @@ impl fmt::Debug for Secrets {
 pub struct Account {
     /// The names of its `imagePullSecrets`.
     pub pull_secrets: Vec<String>,
+    /// Its annotations.
+    pub annotations: BTreeMap<String, String>,
     /// Why it could not be read.
     pub problem: Option<Problem>,
+}
+
+impl Account {
+    /// What is known of one that was read.
+    #[must_use]
+    pub fn of(account: ServiceAccount) -> Self {
+        let names = account.image_pull_secrets.into_iter().flatten().map(|reference| reference.name);
+        let pull_secrets = names.filter(|name| !name.is_empty()).collect();
+        Self { pull_secrets, annotations: account.metadata.annotations.unwrap_or_default(), problem: None }
+    }
+
+    /// As clouds see it.
+    #[must_use]
+    pub fn principal(&self, namespace: &str, name: &str, identity: Arc<dyn Identity>) -> Principal {
+        let (namespace, name) = (namespace.to_owned(), name.to_owned());
+        Principal::Account(cloud::Account { namespace, name, annotations: self.annotations.clone(), identity })
+    }
 }
 
 /// The same as long as a Secret says the same, or has the same problem.
@@ -77,6 +104,7 @@ pub fn fingerprint<'a>(account: &Account, contents: impl Iterator<Item = (&'a St
     contents.for_each(|(name, content)| line(&format!("{name} {content}")));
     account.problem.iter().for_each(|problem| line(problem.reason.as_str()));
     account.pull_secrets.iter().for_each(|name| line(name));
+    account.annotations.iter().for_each(|(key, value)| line(&format!("{key}: {value}")));
     hasher.finish()
 }
 
@@ -140,7 +168,6 @@ pub(super) fn credentials(name: &str, secret: &Secret) -> Result<CredentialStore
                 let bytes = data(key)?.to_vec();
                 String::from_utf8(bytes).map_err(|_| broken(key, "it is not text"))
             };
-            let (username, password) = (text("username")?, SecretString::from(text("password")?));
             let annotations = secret.metadata.annotations.as_ref();
             let registry =
                 annotations.and_then(|annotations| annotations.get(REGISTRY_OF_SECRET)).ok_or_else(|| {
@@ -155,7 +182,11 @@ pub(super) fn credentials(name: &str, secret: &Secret) -> Result<CredentialStore
                     &format!("the annotation {REGISTRY_OF_SECRET} names one registry, without wildcards"),
                 ));
             }
-            let credential = Credential::new(username, password, &origin);
+            // Azure's tokens have no name.
+            let has_names = registry.parse().ok().and_then(|host| Cloud::of(&host)) != Some(Cloud::Azure);
+            let username =
+                if has_names || value(secret, "username").is_some() { text("username")? } else { String::new() };
+            let credential = Credential::new(username, SecretString::from(text("password")?), &origin);
             CredentialStore::single(registry, credential).map_err(|error| invalid(name, &error.to_string()))
         }
         other => Err(invalid(

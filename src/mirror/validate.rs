@@ -11,7 +11,8 @@ use kube::ResourceExt as _;
 use crate::{
     api::parse_duration,
     api::schema::{self, Violation},
-    api::v1alpha1::{Image, ImageMirror, ImageMirrorSpec, ReferrersPolicy, Select},
+    api::v1alpha1::{Image, ImageMirror, ImageMirrorSpec, Provider, ReferrersPolicy, Select},
+    auth::cloud::Cloud,
     copy::{CopyOptions, Referrers},
     oci::{Digest, Host, PlatformFilter, Reference, RepositoryName, Tag},
     plan::Policy,
@@ -97,6 +98,8 @@ pub struct WantedTags {
 /// How the spec says to reach one registry.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct RegistrySettings {
+    /// The cloud whose identities log in there, in place of pull secrets.
+    pub cloud: Option<Cloud>,
     /// Without TLS.
     pub plain_http: bool,
     /// The Secret with CA and client certificate.
@@ -303,7 +306,22 @@ impl Errors {
         for (index, registry) in spec.registries.iter().enumerate() {
             let field = format!("spec.registries[{index}].host");
             let Some(host) = self.take(&field, registry.host.parse::<Host>()) else { continue };
+            let cloud = match registry.provider.unwrap_or(Provider::Generic) {
+                Provider::Generic => None,
+                Provider::Aws => Some(Cloud::Aws),
+                Provider::Azure => Some(Cloud::Azure),
+                Provider::Gcp => Some(Cloud::Gcp),
+            };
+            if let Some(cloud) = cloud.filter(|cloud| Cloud::of(&host) != Some(*cloud)) {
+                self.add(
+                    &format!("spec.registries[{index}].provider"),
+                    &format!(
+                        "{cloud} is only for registries of that cloud, which {host} is not; remove it, and use a Secret"
+                    ),
+                );
+            }
             let settings = RegistrySettings {
+                cloud,
                 plain_http: registry.plain_http.unwrap_or_default(),
                 cert_secret: registry.cert_secret_ref.as_ref().map(|secret| secret.name.clone()),
                 proxy_secret: registry.proxy_secret_ref.as_ref().map(|secret| secret.name.clone()),

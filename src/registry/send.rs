@@ -358,9 +358,12 @@ impl Repository {
                 scope: scope.clone(),
             };
             let identity = key.credential.clone();
-            let fetch = async || {
-                let login = self.login(index, since, subject).await?;
-                self.fetch_token(realm, service.as_deref(), login.as_ref(), scope, subject).await
+            // Boxed, as it is large, rare, and a part of every request.
+            let fetch = || {
+                Box::pin(async {
+                    let login = self.login(index, since, subject).await?;
+                    self.fetch_token(realm, service.as_deref(), login.as_ref(), scope, subject).await
+                })
             };
             let token = self.client().tokens().get(key, refused, fetch).await?;
             return Ok(Authorization { kind: AuthorizationKind::Token(token), identity });
@@ -368,7 +371,7 @@ impl Repository {
         if !challenges.contains(&Challenge::Basic) {
             return Ok(Authorization::nothing());
         }
-        let login = self.login(index, since, subject).await?;
+        let login = Box::pin(self.login(index, since, subject)).await?;
         // An identity token is for token servers alone.
         let shown = login.filter(|login| login.as_identity_token().is_none());
         let identity = self.credential(index).map(|credential| credential.fingerprint().clone());

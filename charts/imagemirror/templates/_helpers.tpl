@@ -90,6 +90,9 @@ imagePullSecrets:
 {{- define "imagemirror.config" -}}
 {{- $config := deepCopy .Values.config -}}
 {{- $_ := set $config "log" (dict "format" .Values.logFormat "level" .Values.logLevel) -}}
+{{- with .Values.identityNamespaces -}}
+{{- $_ := set $config "identityNamespaces" . -}}
+{{- end -}}
 {{- with .Values.watchNamespaces -}}
 {{- $_ := set $config "watchNamespaces" . -}}
 {{- end -}}
@@ -134,7 +137,7 @@ imagePullSecrets:
 - apiGroups: [""]
   resources: [secrets]
   verbs: [get]
-# The imagePullSecrets of spec.serviceAccountName. No tokens are made.
+# The imagePullSecrets and the annotations of spec.serviceAccountName.
 - apiGroups: [""]
   resources: [serviceaccounts]
   verbs: [get]
@@ -144,8 +147,14 @@ imagePullSecrets:
   verbs: [create, patch]
 {{- end -}}
 
-{{/* Beside them, where Secrets are watched. */}}
-{{- define "imagemirror.watchRules" -}}
+{{/* Beside them, where the administrator has switched it on. */}}
+{{- define "imagemirror.moreRules" -}}
+{{- if .Values.serviceAccountTokens.create }}
+# serviceAccountTokens.create: tokens for clouds, for the ServiceAccount of an ImageMirror with a provider.
+- apiGroups: [""]
+  resources: [serviceaccounts/token]
+  verbs: [create]
+{{- end }}
 {{- if .Values.secrets.watch }}
 # secrets.watch: the metadata of all Secrets. RBAC cannot tell that from their content.
 - apiGroups: [""]

@@ -139,7 +139,7 @@ mod tests {
     fn what_a_token_is_and_how_long_it_lasts_is_read_from_it() {
         let refresh = Claims::of(&token(r#"{"grant_type":"refresh_token","iat":1000,"exp":11800}"#)).unwrap();
         assert_eq!(refresh.grant_type.as_deref(), Some("refresh_token"));
-        assert_eq!(refresh.life(), Some(Duration::from_secs(10_800)));
+        assert_eq!(refresh.life(), Some(Duration::from_hours(3)));
         assert!(Claims::of(&token(r#"{"aud":"https://management.azure.com/"}"#)).unwrap().grant_type.is_none());
         for bad in ["", "opaque", "a.?.c", "a.e30"] {
             assert!(Claims::of(&bad.to_owned().into()).is_none_or(|claims| claims.life().is_none()), "{bad}");

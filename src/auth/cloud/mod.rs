@@ -2,12 +2,12 @@
 
 mod acr;
 
+use std::{collections::BTreeMap, fmt, sync::Arc};
+
 pub use acr::AcrToken;
 
-use std::sync::Arc;
-
-use super::Credential;
-use crate::oci::Host;
+use super::{Credential, Identity, Unusable};
+use crate::{oci::Host, reason::Reason};
 
 /// A cloud with logins of its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -34,6 +34,72 @@ impl Cloud {
             () => None,
         }
     }
+}
+
+impl fmt::Display for Cloud {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Aws => "aws",
+            Self::Azure => "azure",
+            Self::Gcp => "gcp",
+        })
+    }
+}
+
+/// Whose identity logs in.
+#[derive(Clone, Debug)]
+pub enum Principal {
+    /// That of this program, as its surroundings say.
+    Program,
+    /// That of a `ServiceAccount`.
+    Account(Account),
+}
+
+/// A `ServiceAccount` as clouds see it.
+#[derive(Clone, Debug)]
+pub struct Account {
+    /// Its namespace.
+    pub namespace: String,
+    /// Its name.
+    pub name: String,
+    /// What its annotations say of who it is at which cloud.
+    pub annotations: BTreeMap<String, String>,
+    /// Tokens that say that somebody is it.
+    pub identity: Arc<dyn Identity>,
+}
+
+impl Account {
+    /// An annotation that it must have.
+    fn annotation(&self, key: &str) -> Result<&str, Unusable> {
+        let value = self.annotations.get(key).filter(|value| !value.is_empty());
+        value.map(String::as_str).ok_or_else(|| Unusable {
+            reason: Reason::SecretInvalid,
+            message: format!("ServiceAccount {:?} lacks the annotation {key}; add it", self.name),
+        })
+    }
+}
+
+/// The role that a `ServiceAccount` takes on at Amazon (docs.aws.amazon.com, "IAM roles for service accounts").
+const ROLE_ARN: &str = "eks.amazonaws.com/role-arn";
+/// The application that it is at Azure, and in which tenant (azure.github.io/azure-workload-identity).
+const CLIENT_ID: &str = "azure.workload.identity/client-id";
+const TENANT_ID: &str = "azure.workload.identity/tenant-id";
+
+/// How somebody logs in to a registry of a cloud with an identity there.
+pub fn login(cloud: Cloud, host: &Host, principal: &Principal) -> Result<Credential, Unusable> {
+    // What each cloud wants to know of an account is asked first, so that a wrong object is told so by every build.
+    let _ = host;
+    if let Principal::Account(account) = principal {
+        match cloud {
+            Cloud::Aws => drop(account.annotation(ROLE_ARN)?),
+            Cloud::Azure => drop((account.annotation(CLIENT_ID)?, account.annotation(TENANT_ID)?)),
+            Cloud::Gcp => {}
+        }
+    }
+    Err(Unusable {
+        reason: Reason::InternalError,
+        message: format!("this program was built without {cloud}; use a build that has it, or a Secret"),
+    })
 }
 
 /// A written login as the host's cloud wants it: some are to be exchanged.

@@ -1,6 +1,6 @@
 //! The cluster that the kubeconfig names, as kubectl reads it, and its errors in words: what, where, what to do.
 
-use std::{collections::BTreeMap, error::Error as _, path::PathBuf, time::Duration};
+use std::{collections::BTreeMap, error::Error as _, path::PathBuf, sync::Arc, time::Duration};
 
 use clap::Args;
 use k8s_openapi::api::core::v1::{Secret, ServiceAccount};
@@ -14,8 +14,9 @@ use serde_json::Value;
 
 use crate::{
     api::v1alpha1::ImageMirror,
+    auth::cloud::Principal,
     cli::{Failure, operator::can_be_read},
-    controller::api_words,
+    controller::{api_words, identity::ServiceAccountTokens},
     mirror::{Account, Problem, Secrets, ValidatedMirror, is_object_name},
     reason::Reason,
 };
@@ -139,10 +140,7 @@ impl Cluster {
         let mut account = Account::default();
         if let Some(name) = &mirror.service_account {
             match self.read::<ServiceAccount>("ServiceAccount", name).await? {
-                Ok(found) => {
-                    let names = found.image_pull_secrets.into_iter().flatten().map(|secret| secret.name);
-                    account.pull_secrets = names.collect();
-                }
+                Ok(found) => account = Account::of(found),
                 Err(problem) => account.problem = Some(problem),
             }
         }
@@ -151,7 +149,11 @@ impl Cluster {
             let secret = self.read::<Secret>("Secret", &name).await?;
             found.insert(name, secret);
         }
-        Ok(Secrets { found, account })
+        let principal = mirror.service_account.as_ref().map_or(Principal::Program, |name| {
+            let tokens = ServiceAccountTokens::new(self.client.clone(), &self.namespace, name, DEADLINE);
+            account.principal(&self.namespace, name, Arc::new(tokens))
+        });
+        Ok(Secrets { found, account, principal: Some(principal) })
     }
 
     async fn read<K>(&self, kind: &str, name: &str) -> Result<Result<K, Problem>, Failure>

@@ -23,6 +23,7 @@ pub use timing::Timing;
 
 use crate::{
     api::parse_duration,
+    auth::{NewRepository, cloud::EcrHost},
     oci::Host,
     registry::{
         self, ClientOptions, Floor, HostOptions, Memory, Networks, Proxy, Quirks, Transport, TransportError,
@@ -369,8 +370,18 @@ struct RegistryEntry {
     upload_strategy: Option<StrategyEntry>,
     #[serde(default)]
     quirks: QuirksEntry,
+    create_repositories: Option<NewRepositoryEntry>,
     #[serde(default)]
     limits: HostLimitsEntry,
+}
+
+/// How repositories are made that pushes need.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "camelCase")]
+struct NewRepositoryEntry {
+    tags: BTreeMap<String, String>,
+    immutable_tags: bool,
+    scan_on_push: bool,
 }
 
 /// How large blobs are sent.
@@ -555,7 +566,17 @@ impl RegistryEntry {
             streams: limit(&format!("{key}.limits.streams"), self.limits.streams, default.streams)?,
             per_second: per_second.transpose()?.and_then(|found| u32::try_from(found).ok()),
             quirks: Some(self.quirks.over(Quirks::of(&host), self.upload_strategy)),
+            new_repositories: self.create_repositories.map(|wanted| NewRepository {
+                tags: wanted.tags,
+                immutable_tags: wanted.immutable_tags,
+                scan_on_push: wanted.scan_on_push,
+            }),
         };
+        let has_api = matches!(EcrHost::of(&host), Some(EcrHost::Private { .. }));
+        if options.new_repositories.is_some() && !has_api {
+            let problem = format!("{host} is no private registry of Amazon: repositories are created at these alone");
+            return Err(Wrong::new(format!("{key}.createRepositories"), problem));
+        }
         // A copy inside one registry holds a request for the upload and one for the download.
         if options.requests <= options.streams {
             let problem =

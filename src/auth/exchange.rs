@@ -4,19 +4,42 @@
 //! An [`Exchange`] does not talk to the network by itself: it is given an [`Http`], which keeps the walls that requests to
 //! registries have, too.
 
-use std::{fmt, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, fmt, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use secrecy::SecretString;
 
 use super::Credential;
-use crate::reason::Reason;
+use crate::{oci::RepositoryName, reason::Reason};
 
 /// How a login is had from another one.
 pub trait Exchange: fmt::Debug + Send + Sync {
     /// A login that the registry takes. Whoever asks remembers it, and asks again before it ends.
     fn exchange(&self, http: Arc<dyn Http>) -> BoxFuture<'_, Result<Issued, ExchangeError>>;
+
+    /// Makes a repository, where the same login may do that and pushes need it. One that is there is as good.
+    fn create_repository<'a>(
+        &'a self,
+        http: Arc<dyn Http>,
+        name: &'a RepositoryName,
+        settings: &'a NewRepository,
+    ) -> BoxFuture<'a, Result<(), ExchangeError>> {
+        let (_, _, _) = (http, name, settings);
+        let message = "repositories cannot be created at this registry; create it there".to_owned();
+        Box::pin(async { Err(Unusable { reason: Reason::RepositoryMissing, message }.into()) })
+    }
+}
+
+/// How repositories are made.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct NewRepository {
+    /// Tags of the repository, for people and bills.
+    pub tags: BTreeMap<String, String>,
+    /// Whether its images' tags cannot be moved.
+    pub immutable_tags: bool,
+    /// Whether images are scanned when they arrive.
+    pub scan_on_push: bool,
 }
 
 /// A login that ends.
@@ -32,6 +55,13 @@ pub struct Issued {
 pub trait Http: fmt::Debug + Send + Sync {
     /// Sends one. An answer of any status is one; its body is at most 64 KiB.
     fn send(&self, request: http::Request<Bytes>) -> BoxFuture<'_, Result<http::Response<Bytes>, BoxError>>;
+
+    /// The same where this program asks who it is itself: at addresses that are closed for everybody else, and that nobody
+    /// but its own surroundings name.
+    fn send_as_the_program(
+        &self,
+        request: http::Request<Bytes>,
+    ) -> BoxFuture<'_, Result<http::Response<Bytes>, BoxError>>;
 }
 
 /// Somebody whom a cloud believes by a signed token (`OpenID` Connect), such as a `ServiceAccount`.

@@ -68,6 +68,7 @@ fn wrong_values_are_refused_with_their_key() {
         ("registries: [{host: a.b, plainHTTP: true, caFile: x}]", "registries[0].caFile: goes with TLS only"),
         ("watchNamespaces: [a, B]", "watchNamespaces[1]: \"B\" is no name"),
         ("watchNamespaces: [a, a]", "watchNamespaces[1]: \"a\" is there twice"),
+        ("registries: [{host: gcr.io, createRepositories: {}}]", "gcr.io is no private registry of Amazon"),
         ("identityNamespaces: [a, '*']", "identityNamespaces[1]: \"*\" is no name"),
         ("log: {level: inof}", "log.level: invalid log level"),
         ("log: {format: xml}", "xml"),

@@ -3,23 +3,23 @@
 use std::{
     collections::HashMap,
     sync::{Arc, Mutex, PoisonError},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
-use tokio::sync::{Semaphore, SemaphorePermit};
+use tokio::sync::{Mutex as AsyncMutex, Semaphore, SemaphorePermit};
 
 use super::{
     counters::Counters,
     known::Known,
     limits::HostLimits,
     memory::Memory,
-    network::Networks,
+    network::{Networks, Resolver},
     pace::Floor,
     quirks::Quirks,
     transport::{Pools, Transport, TransportError},
 };
 use crate::{
-    auth::{Credential, TokenCache},
+    auth::{Credential, NewRepository, TokenCache},
     oci::{Digest, Host, RepositoryName},
 };
 
@@ -92,6 +92,8 @@ pub struct HostOptions {
     pub per_second: Option<u32>,
     /// What differs from what is known of the host; `None` is nothing.
     pub quirks: Option<Quirks>,
+    /// How repositories are made that pushes need; `None` makes none.
+    pub new_repositories: Option<NewRepository>,
 }
 
 impl Default for HostOptions {
@@ -103,6 +105,7 @@ impl Default for HostOptions {
             streams: 6,
             per_second: None,
             quirks: None,
+            new_repositories: None,
         }
     }
 }
@@ -140,6 +143,7 @@ struct Inner {
     limits: Mutex<HashMap<String, Arc<HostLimits>>>,
     known: Mutex<HashMap<String, Arc<Known>>>,
     holders: Mutex<HashMap<Holding, RepositoryName>>,
+    created: AsyncMutex<HashMap<(String, RepositoryName), Instant>>,
     small_blobs: Semaphore,
     memory: Memory,
 }
@@ -163,6 +167,7 @@ impl Client {
             limits: Mutex::default(),
             known: Mutex::default(),
             holders: Mutex::default(),
+            created: AsyncMutex::default(),
             small_blobs: Semaphore::new(SMALL_BLOBS_IN_MEMORY as usize),
         };
         Self { inner: Arc::new(inner) }
@@ -180,6 +185,12 @@ impl Client {
         credentials: &[Arc<Credential>],
     ) -> Result<reqwest::Client, TransportError> {
         self.inner.pools.get(transport, credentials, self.timing(), &self.inner.networks)
+    }
+
+    /// For the surroundings of this program: no network is closed.
+    pub(super) fn http_to_surroundings(&self, transport: &Transport) -> Result<reqwest::Client, TransportError> {
+        let open = Arc::new(Networks::default());
+        transport.build(transport.tls_config()?, self.timing(), Resolver::system(&open))
     }
 
     /// How a host is reached that is no registry.
@@ -213,6 +224,15 @@ impl Client {
 
     pub(super) fn upload_hosts(&self, host: &Host) -> &[Host] {
         self.inner.options.hosts.get(host).map_or(&[], |options| &options.upload_hosts)
+    }
+
+    pub(super) fn new_repository(&self, host: &Host) -> Option<&NewRepository> {
+        self.inner.options.hosts.get(host)?.new_repositories.as_ref()
+    }
+
+    /// The repositories that were made, by registry, and when. Locked while one is.
+    pub(super) fn created(&self) -> &AsyncMutex<HashMap<(String, RepositoryName), Instant>> {
+        &self.inner.created
     }
 
     /// The limits of a host, by its `host[:port]` as it is dialled.

@@ -113,6 +113,8 @@ pub enum Step {
     Token,
     /// The exchange of a credential for one that the registry takes.
     Login,
+    /// The creation of a repository.
+    CreateRepository,
     /// `HEAD` of a manifest.
     HeadManifest,
     /// `GET` of a manifest.
@@ -203,8 +205,7 @@ impl Error {
     #[must_use]
     pub fn is_not_found(&self) -> bool {
         // What a token server does not have says nothing of what it was to be asked for.
-        (self.status() == Some(StatusCode::NOT_FOUND) && !matches!(self.step, Step::Token | Step::Login))
-            || self.kind == ErrorKind::Missing
+        (self.status() == Some(StatusCode::NOT_FOUND) && !self.step.is_beside()) || self.kind == ErrorKind::Missing
     }
 
     /// Whether the upload session is gone and a new one may do.
@@ -274,7 +275,9 @@ impl Error {
             // A quota of the registry, without a time after which it is over.
             (_, Some("QUOTA_EXCEEDED" | NO_SPACE), _) | (_, _, 507) => Reason::QuotaExceeded,
             (_, Some("TOOMANYREQUESTS"), _) | (_, _, 429) => Reason::RateLimited,
-            (Step::Login, Some(code), _) if code.contains("AccessDenied") => Reason::PermissionDenied,
+            (Step::Login | Step::CreateRepository, Some(code), _) if code.contains("AccessDenied") => {
+                Reason::PermissionDenied
+            }
             (Step::Token, _, 400 | 401 | 403)
             | (Step::Login, _, 400 | 401)
             | (_, Some("UNAUTHORIZED"), _)
@@ -307,11 +310,19 @@ impl Error {
     }
 }
 
+impl Step {
+    /// Whether it is no question to the registry itself.
+    fn is_beside(self) -> bool {
+        matches!(self, Self::Token | Self::Login | Self::CreateRepository)
+    }
+}
+
 impl fmt::Display for Step {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Token => "getting a token for",
             Self::Login => "getting a login for",
+            Self::CreateRepository => "creating the repository",
             Self::HeadManifest => "looking up",
             Self::GetManifest | Self::GetChild => "reading the manifest of",
             Self::HeadBlob => "looking up blob",

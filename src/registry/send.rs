@@ -42,6 +42,15 @@ const UNCOUNTED: u64 = 64 << 10;
 /// Error bodies and token answers are read this far.
 const MAX_SMALL_BODY: u64 = 64 << 10;
 
+/// How far a request may go that is not for the registry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Reach {
+    /// To the networks that are open.
+    Open,
+    /// Also to those that are closed: what surrounds this program tells it alone who it is.
+    Surroundings,
+}
+
 /// A request that can be sent again.
 #[derive(Clone)]
 pub(super) struct Request {
@@ -117,7 +126,14 @@ impl Authorization {
 impl Repository {
     /// Sends a request until it succeeds or there is no point in repeating it.
     pub(super) async fn execute(&self, request: &Request) -> Result<Response, Error> {
-        self.repeat(|| self.execute_once(request)).await
+        let began = std::time::Instant::now();
+        match self.repeat(|| self.execute_once(request)).await {
+            Err(error) if self.wants_a_repository(&error) => {
+                Box::pin(self.create_repository(began, error)).await?;
+                self.repeat(|| self.execute_once(request)).await
+            }
+            answer => answer,
+        }
     }
 
     /// The same for an answer that is read whole: one that breaks off is asked for again.
@@ -270,13 +286,19 @@ impl Repository {
     }
 
     async fn dispatch(&self, request: &Request, url: Url, authorization: &Authorization) -> Result<Response, Error> {
-        self.dispatch_over(self.http(), self.dialled(&url), request, &url, authorization).await
+        self.check_network(self.dialled(&url), request, &host_of(&url))?;
+        self.dispatch_over(self.http(), request, &url, authorization).await
+    }
+
+    fn check_network(&self, dialled: &Url, request: &Request, host: &str) -> Result<(), Error> {
+        let denied = |denied| Error::new(ErrorKind::Denied(denied), request.step, host, &request.subject);
+        self.client().networks().check_url(dialled).map_err(denied)
     }
 
     /// Sends a request to a host that is perhaps not the registry, as the administrator says that it is reached.
-    pub(super) async fn send_outside(&self, request: &Request) -> Result<Response, Error> {
+    pub(super) async fn send_outside(&self, request: &Request, reach: Reach) -> Result<Response, Error> {
         let (url, nothing) = (&request.url, Authorization::nothing());
-        if self.is_same_origin(url) {
+        if self.is_same_origin(url) && reach == Reach::Open {
             return self.dispatch(request, url.clone(), &nothing).await;
         }
         let host = host_of(url);
@@ -284,23 +306,25 @@ impl Repository {
         let setup = |error: TransportError| {
             Error::new(ErrorKind::Setup(error.to_string()), request.step, &host, &request.subject)
         };
-        let http = self.client().http(&transport, self.credentials()).map_err(setup)?;
+        let http = match reach {
+            Reach::Open => self.client().http(&transport, self.credentials()).map_err(setup)?,
+            Reach::Surroundings => self.client().http_to_surroundings(&transport).map_err(setup)?,
+        };
         let dialled = transport.proxy.as_deref().map_or(url, Proxy::address);
-        self.dispatch_over(&http, dialled, request, url, &nothing).await
+        if reach == Reach::Open {
+            self.check_network(dialled, request, &host)?;
+        }
+        self.dispatch_over(&http, request, url, &nothing).await
     }
 
     async fn dispatch_over(
         &self,
         http: &reqwest::Client,
-        dialled: &Url,
         request: &Request,
         url: &Url,
         authorization: &Authorization,
     ) -> Result<Response, Error> {
         let host = host_of(url);
-        if let Err(denied) = self.client().networks().check_url(dialled) {
-            return Err(Error::new(ErrorKind::Denied(denied), request.step, &host, &request.subject));
-        }
         let permit = self.place(&host, &authorization.identity, request).await?;
         let mut built = reqwest::Request::new(request.method.clone(), url.clone());
         *built.headers_mut() = request.headers.clone();

@@ -53,11 +53,14 @@ impl Asked {
 /// Status and JSON, or other text.
 pub type Answer = (u16, String);
 type Function = Arc<dyn Fn(&Asked) -> Answer + Send + Sync>;
+type Guard = Arc<dyn Fn(&Method, &str) -> Option<Answer> + Send + Sync>;
 
 #[derive(Clone)]
 enum Backend {
     /// `127.0.0.1:PORT`, with TLS, and what is there in place of the path.
     Server(String, &'static str),
+    /// The same, unless this has an answer for a method and a path.
+    Guarded(String, Guard),
     Function(Function),
 }
 
@@ -78,6 +81,19 @@ impl HostsBuilder {
     #[must_use]
     pub fn server_at(mut self, host: &str, path: &'static str, address: &str, there: &'static str) -> Self {
         self.routes.push((host.to_owned(), path, Backend::Server(address.to_owned(), there)));
+        self
+    }
+
+    /// The same, where an answer to a method and a path comes before that of the server.
+    #[must_use]
+    pub fn guarded(
+        mut self,
+        host: &str,
+        path: &'static str,
+        address: &str,
+        guard: impl Fn(&Method, &str) -> Option<Answer> + Send + Sync + 'static,
+    ) -> Self {
+        self.routes.push((host.to_owned(), path, Backend::Guarded(address.to_owned(), Arc::new(guard))));
         self
     }
 
@@ -200,6 +216,10 @@ impl State {
                 *request.uri_mut() = format!("{there}{rest}").parse()?;
                 self.forward(address, request).await
             }
+            Some((_, _, Backend::Guarded(address, guard))) => match guard(request.method(), path) {
+                Some(answer) => whole(answer),
+                None => self.forward(address, request).await,
+            },
             Some((_, _, Backend::Function(function))) => {
                 let (parts, body) = request.into_parts();
                 let body = body.collect().await?.to_bytes();

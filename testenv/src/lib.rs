@@ -6,6 +6,7 @@
 //! options, a proxy that breaks things, a slow line) it starts with the modules here; what is dropped is stopped, and
 //! the guard of the run kills what a killed test leaves behind.
 
+pub mod amazon;
 pub mod artifacts;
 pub mod certs;
 pub mod chart;

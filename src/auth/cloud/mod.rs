@@ -1,6 +1,8 @@
 //! The registries of the clouds: which host is whose, and how an identity of a cloud is exchanged for a login.
 
 mod acr;
+#[cfg(feature = "aws")]
+mod aws;
 
 use std::{collections::BTreeMap, fmt, sync::Arc};
 
@@ -70,6 +72,7 @@ pub struct Account {
 
 impl Account {
     /// An annotation that it must have.
+    #[cfg_attr(not(feature = "aws"), expect(dead_code, reason = "clouds ask for it"))]
     fn annotation(&self, key: &str) -> Result<&str, Unusable> {
         let value = self.annotations.get(key).filter(|value| !value.is_empty());
         value.map(String::as_str).ok_or_else(|| Unusable {
@@ -79,36 +82,28 @@ impl Account {
     }
 }
 
-/// The role that a `ServiceAccount` takes on at Amazon (docs.aws.amazon.com, "IAM roles for service accounts").
-const ROLE_ARN: &str = "eks.amazonaws.com/role-arn";
-/// The application that it is at Azure, and in which tenant (azure.github.io/azure-workload-identity).
-const CLIENT_ID: &str = "azure.workload.identity/client-id";
-const TENANT_ID: &str = "azure.workload.identity/tenant-id";
-
 /// How somebody logs in to a registry of a cloud with an identity there.
 pub fn login(cloud: Cloud, host: &Host, principal: &Principal) -> Result<Credential, Unusable> {
-    // What each cloud wants to know of an account is asked first, so that a wrong object is told so by every build.
-    let _ = host;
-    if let Principal::Account(account) = principal {
-        match cloud {
-            Cloud::Aws => drop(account.annotation(ROLE_ARN)?),
-            Cloud::Azure => drop((account.annotation(CLIENT_ID)?, account.annotation(TENANT_ID)?)),
-            Cloud::Gcp => {}
+    match cloud {
+        #[cfg(feature = "aws")]
+        Cloud::Aws => aws::login(host, principal),
+        other => {
+            let _ = (host, principal);
+            let message = format!("this program was built without {other}; use a build that has it, or a Secret");
+            Err(Unusable { reason: Reason::InternalError, message })
         }
     }
-    Err(Unusable {
-        reason: Reason::InternalError,
-        message: format!("this program was built without {cloud}; use a build that has it, or a Secret"),
-    })
 }
 
 /// A written login as the host's cloud wants it: some are to be exchanged.
 ///
-/// At Azure's registries that is a token without a user name.
+/// At Amazon's registries that is an access key, at Azure's a token without a user name.
 #[must_use]
 pub fn as_the_host_wants_it(host: &Host, written: &Arc<Credential>) -> Arc<Credential> {
     let is_plain = written.exchange().is_none() && written.as_identity_token().is_none();
     match Cloud::of(host) {
+        #[cfg(feature = "aws")]
+        Some(Cloud::Aws) if is_plain && aws::is_access_key(written.username()) => aws::key_pair(host, written),
         Some(Cloud::Azure) if is_plain && written.username().is_empty() => {
             let exchange = AcrToken::new(host.clone(), written.password().clone(), written.origin());
             let name = written.fingerprint().to_string();

@@ -1,0 +1,347 @@
+//! Amazon Elastic Container Registry: an access key, or a role that an identity takes on, is exchanged for a password of
+//! twelve hours (docs.aws.amazon.com, "Private registry authentication in Amazon ECR").
+//!
+//! Amazon's crates sign requests and read answers; they are sent by our own [`Http`], so that proxies, certificates and closed
+//! networks hold for them, too.
+
+use std::{fmt, sync::Arc, time::Duration};
+
+use aws_config::{BehaviorVersion, Region};
+use aws_credential_types::{
+    Credentials,
+    provider::{SharedCredentialsProvider, error::CredentialsError},
+};
+use aws_sdk_ecr::types::{ImageScanningConfiguration, ImageTagMutability, Tag};
+use aws_smithy_runtime_api::client::{
+    http::{
+        HttpClient, HttpConnector, HttpConnectorFuture, HttpConnectorSettings, SharedHttpClient, SharedHttpConnector,
+    },
+    orchestrator::{HttpRequest, HttpResponse},
+    result::{ConnectorError, SdkError},
+    runtime_components::RuntimeComponents,
+};
+use aws_smithy_types::{body::SdkBody, error::metadata::ProvideErrorMetadata, retry::RetryConfig};
+use base64::{Engine as _, engine::general_purpose::STANDARD};
+use bytes::Bytes;
+use futures::future::BoxFuture;
+use secrecy::{ExposeSecret, SecretString};
+
+use super::{Account, EcrHost, Principal};
+use crate::{
+    auth::{Credential, Exchange, ExchangeError, Http, Issued, NewRepository, Unusable},
+    oci::{Host, RepositoryName},
+    reason::Reason,
+};
+
+/// The role that a `ServiceAccount` takes on (docs.aws.amazon.com, "IAM roles for service accounts").
+const ROLE_ARN: &str = "eks.amazonaws.com/role-arn";
+/// Whom its token is for, where that is not [`AUDIENCE`].
+const AUDIENCE_ANNOTATION: &str = "eks.amazonaws.com/audience";
+const AUDIENCE: &str = "sts.amazonaws.com";
+/// Where the public registry has its one API.
+const PUBLIC_REGION: &str = "us-east-1";
+/// How long passwords are good for.
+const LIFE: Duration = Duration::from_hours(12);
+
+/// Whether it is the name of a long-term access key (docs.aws.amazon.com, "IAM identifiers").
+pub(super) fn is_access_key(name: &str) -> bool {
+    name.len() >= 16 && name.starts_with("AKIA") && name.bytes().all(|b| b.is_ascii_uppercase() || b.is_ascii_digit())
+}
+
+/// The login of an access key and its secret.
+pub(super) fn key_pair(host: &Host, written: &Arc<Credential>) -> Arc<Credential> {
+    let Some(ecr) = EcrHost::of(host) else { return Arc::clone(written) };
+    let (key, secret) = (written.username().to_owned(), written.password().clone());
+    let who = Who::KeyPair { key, secret };
+    let login = EcrLogin { ecr, who, origin: written.origin().to_owned() };
+    Arc::new(Credential::exchanged(Arc::new(login), &written.fingerprint().to_string(), written.origin()))
+}
+
+/// The login of an identity.
+pub(super) fn login(host: &Host, principal: &Principal) -> Result<Credential, Unusable> {
+    let ecr = EcrHost::of(host)
+        .ok_or_else(|| Unusable { reason: Reason::InvalidSpec, message: format!("{host} is no registry of Amazon") })?;
+    let (who, name, origin) = match principal {
+        Principal::Program => (Who::Program, "aws".to_owned(), "the operator's own identity at Amazon".to_owned()),
+        Principal::Account(account) => {
+            let role = account.annotation(ROLE_ARN)?.to_owned();
+            let name = format!("aws {}/{} {role}", account.namespace, account.name);
+            let origin = format!("ServiceAccount {:?} as {role}", account.name);
+            (Who::Account { account: account.clone(), role }, name, origin)
+        }
+    };
+    let login = EcrLogin { ecr, who, origin: origin.clone() };
+    Ok(Credential::exchanged(Arc::new(login), &name, &origin))
+}
+
+/// Somebody who gets passwords for a registry.
+struct EcrLogin {
+    ecr: EcrHost,
+    who: Who,
+    origin: String,
+}
+
+enum Who {
+    KeyPair { key: String, secret: SecretString },
+    Account { account: Account, role: String },
+    Program,
+}
+
+impl EcrLogin {
+    fn region(&self) -> Region {
+        Region::new(match &self.ecr {
+            EcrHost::Private { region, .. } => region.clone(),
+            EcrHost::Public => PUBLIC_REGION.to_owned(),
+        })
+    }
+
+    async fn password(&self, http: Arc<dyn Http>) -> Result<Issued, ExchangeError> {
+        let token = match &self.ecr {
+            EcrHost::Private { account, .. } => {
+                let answer = self.ecr_client(&http).await?.get_authorization_token().send().await;
+                let data = answer.map_err(|error| failed("ECR", error))?.authorization_data.unwrap_or_default();
+                data.into_iter().next().and_then(|data| data.authorization_token).ok_or(account)
+            }
+            .map_err(|account| malformed(&format!("there is no token for the account {account}")))?,
+            EcrHost::Public => {
+                let (credentials, bridge) = (self.credentials(&http).await?, Bridge::over(&http));
+                let config = aws_sdk_ecrpublic::Config::builder()
+                    .behavior_version(BehaviorVersion::v2026_01_12())
+                    .region(self.region())
+                    .retry_config(RetryConfig::disabled())
+                    .http_client(bridge)
+                    .credentials_provider(credentials)
+                    .build();
+                let client = aws_sdk_ecrpublic::Client::from_conf(config);
+                let answer = client.get_authorization_token().send().await;
+                let data = answer.map_err(|error| failed("ECR Public", error))?.authorization_data;
+                data.and_then(|data| data.authorization_token).ok_or_else(|| malformed("there is no token"))?
+            }
+        };
+        let pair = STANDARD.decode(&token).ok().and_then(|bytes| String::from_utf8(bytes).ok());
+        let pair = pair.ok_or_else(|| malformed("the token is not base64"))?;
+        let (name, password) =
+            pair.split_once(':').ok_or_else(|| malformed("the token is not a name and a password"))?;
+        let credential = Credential::new(name.to_owned(), password.to_owned().into(), &self.origin);
+        Ok(Issued { credential: Arc::new(credential), life: LIFE })
+    }
+
+    async fn create(
+        &self,
+        http: Arc<dyn Http>,
+        name: &RepositoryName,
+        settings: &NewRepository,
+    ) -> Result<(), ExchangeError> {
+        if self.ecr == EcrHost::Public {
+            let message = "repositories of the public registry are not created; create it there".to_owned();
+            return Err(Unusable { reason: Reason::RepositoryMissing, message }.into());
+        }
+        let tag = |(key, value): (&String, &String)| {
+            let built = Tag::builder().key(key).value(value).build();
+            built.map_err(|error| malformed(&error.to_string()))
+        };
+        let mutability =
+            if settings.immutable_tags { ImageTagMutability::Immutable } else { ImageTagMutability::Mutable };
+        let scanning = ImageScanningConfiguration::builder().scan_on_push(settings.scan_on_push).build();
+        let client = self.ecr_client(&http).await?;
+        let mut request = client.create_repository().repository_name(name.as_str());
+        for found in settings.tags.iter().map(tag) {
+            request = request.tags(found?);
+        }
+        let answer = request.image_tag_mutability(mutability).image_scanning_configuration(scanning).send().await;
+        match answer {
+            Ok(_) => Ok(()),
+            Err(error) if error.code() == Some("RepositoryAlreadyExistsException") => Ok(()),
+            Err(error) => Err(failed("ECR", error)),
+        }
+    }
+
+    async fn ecr_client(&self, http: &Arc<dyn Http>) -> Result<aws_sdk_ecr::Client, ExchangeError> {
+        let fips = matches!(self.ecr, EcrHost::Private { fips: true, .. });
+        let config = aws_sdk_ecr::Config::builder()
+            .behavior_version(BehaviorVersion::v2026_01_12())
+            .region(self.region())
+            .use_fips(fips)
+            // What fails is repeated by who asks.
+            .retry_config(RetryConfig::disabled())
+            .http_client(Bridge::over(http))
+            .credentials_provider(self.credentials(http).await?)
+            .build();
+        Ok(aws_sdk_ecr::Client::from_conf(config))
+    }
+
+    /// What requests to the registry's API are signed with.
+    async fn credentials(&self, http: &Arc<dyn Http>) -> Result<SharedCredentialsProvider, ExchangeError> {
+        match &self.who {
+            Who::KeyPair { key, secret } => {
+                let pair = Credentials::new(key, secret.expose_secret(), None, None, "imagemirror");
+                Ok(SharedCredentialsProvider::new(pair))
+            }
+            Who::Account { account, role } => self.assume(account, role, http).await,
+            Who::Program => {
+                let config = aws_config::defaults(BehaviorVersion::v2026_01_12())
+                    .region(self.region())
+                    .retry_config(RetryConfig::disabled())
+                    .http_client(Bridge { http: Arc::clone(http), as_the_program: true })
+                    .load()
+                    .await;
+                config.credentials_provider().ok_or_else(no_identity)
+            }
+        }
+    }
+
+    /// Takes on the role (docs.aws.amazon.com, AWS Security Token Service, `AssumeRoleWithWebIdentity`).
+    async fn assume(
+        &self,
+        account: &Account,
+        role: &str,
+        http: &Arc<dyn Http>,
+    ) -> Result<SharedCredentialsProvider, ExchangeError> {
+        let audience = account.annotations.get(AUDIENCE_ANNOTATION).map_or(AUDIENCE, String::as_str);
+        let token = account.identity.token(audience).await?;
+        let config = aws_sdk_sts::Config::builder()
+            .behavior_version(BehaviorVersion::v2026_01_12())
+            .region(self.region())
+            .retry_config(RetryConfig::disabled())
+            .http_client(Bridge::over(http))
+            .build();
+        let answer = aws_sdk_sts::Client::from_conf(config)
+            .assume_role_with_web_identity()
+            .role_arn(role)
+            .role_session_name(session_name(account))
+            .web_identity_token(token.expose_secret())
+            .send()
+            .await
+            .map_err(|error| failed("STS", error))?;
+        let given = answer.credentials.ok_or_else(|| malformed("STS gave no credentials"))?;
+        let credentials = Credentials::new(
+            given.access_key_id,
+            given.secret_access_key,
+            Some(given.session_token),
+            None,
+            "imagemirror",
+        );
+        Ok(SharedCredentialsProvider::new(credentials))
+    }
+}
+
+impl Exchange for EcrLogin {
+    fn exchange(&self, http: Arc<dyn Http>) -> BoxFuture<'_, Result<Issued, ExchangeError>> {
+        Box::pin(self.password(http))
+    }
+
+    fn create_repository<'a>(
+        &'a self,
+        http: Arc<dyn Http>,
+        name: &'a RepositoryName,
+        settings: &'a NewRepository,
+    ) -> BoxFuture<'a, Result<(), ExchangeError>> {
+        Box::pin(self.create(http, name, settings))
+    }
+}
+
+impl fmt::Debug for EcrLogin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "EcrLogin({:?} of {}, [redacted])", self.ecr, self.origin)
+    }
+}
+
+/// What the audit log of the role's owner says: `[\w+=,.@-]{2,64}`.
+fn session_name(account: &Account) -> String {
+    let name = format!("imagemirror-{}-{}", account.namespace, account.name);
+    name.chars().take(64).collect()
+}
+
+fn malformed(what: &str) -> ExchangeError {
+    ExchangeError::Malformed { host: "Amazon".to_owned(), what: what.to_owned() }
+}
+
+fn no_identity() -> ExchangeError {
+    let message = "the operator has no identity at Amazon: give its ServiceAccount one (EKS Pod Identity, IAM roles for \
+                   service accounts), or name a ServiceAccount in spec.serviceAccountName";
+    Unusable { reason: Reason::AuthenticationFailed, message: message.to_owned() }.into()
+}
+
+/// Tells what the service said from what came in between.
+fn failed<E>(service: &str, error: SdkError<E, HttpResponse>) -> ExchangeError
+where
+    E: std::error::Error + ProvideErrorMetadata + Send + Sync + 'static,
+{
+    if let SdkError::ServiceError(refusal) = &error {
+        let code = refusal.err().code().map(str::to_owned);
+        let is_throttled =
+            code.as_deref().is_some_and(|code| code.contains("Throttl") || code.contains("TooManyRequests"));
+        let status = if is_throttled { 429 } else { refusal.raw().status().as_u16() };
+        let message = refusal.err().message().map(str::to_owned);
+        return ExchangeError::Refused { host: service.to_owned(), status, code, message };
+    }
+    if has_no_credentials(&error) {
+        return no_identity();
+    }
+    ExchangeError::Unanswered(Box::new(error))
+}
+
+fn has_no_credentials(error: &(dyn std::error::Error + 'static)) -> bool {
+    let mut current = Some(error);
+    while let Some(error) = current {
+        if matches!(error.downcast_ref(), Some(CredentialsError::CredentialsNotLoaded(_))) {
+            return true;
+        }
+        current = error.source();
+    }
+    false
+}
+
+/// Sends what Amazon's crates ask for.
+#[derive(Clone, Debug)]
+struct Bridge {
+    http: Arc<dyn Http>,
+    as_the_program: bool,
+}
+
+impl Bridge {
+    fn over(http: &Arc<dyn Http>) -> SharedHttpClient {
+        SharedHttpClient::new(Self { http: Arc::clone(http), as_the_program: false })
+    }
+
+    async fn send(self, request: HttpRequest) -> Result<HttpResponse, ConnectorError> {
+        let (parts, body) = request.try_into_http1x().map_err(|error| ConnectorError::user(error.into()))?.into_parts();
+        let body = body.bytes().map(Bytes::copy_from_slice);
+        let body = body.ok_or_else(|| ConnectorError::user("a body that is a stream".into()))?;
+        let request = http::Request::from_parts(parts, body);
+        let answer = if self.as_the_program { self.http.send_as_the_program(request) } else { self.http.send(request) };
+        let answer = answer.await.map_err(|error| ConnectorError::other(error, None))?;
+        HttpResponse::try_from(answer.map(SdkBody::from)).map_err(|error| ConnectorError::user(error.into()))
+    }
+}
+
+impl HttpClient for Bridge {
+    fn http_connector(&self, _: &HttpConnectorSettings, _: &RuntimeComponents) -> SharedHttpConnector {
+        SharedHttpConnector::new(self.clone())
+    }
+}
+
+impl HttpConnector for Bridge {
+    fn call(&self, request: HttpRequest) -> HttpConnectorFuture {
+        HttpConnectorFuture::new(self.clone().send(request))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn access_keys_are_known_by_their_names() {
+        for (name, expected) in [
+            ("AKIAIOSFODNN7EXAMPLE", true),
+            ("AWS", false),
+            ("ASIAIOSFODNN7EXAMPLE", false),
+            ("AKIA", false),
+            ("akiaiosfodnn7example", false),
+            ("robot$akia", false),
+        ] {
+            assert_eq!(is_access_key(name), expected, "{name}");
+        }
+    }
+}

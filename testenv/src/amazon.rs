@@ -1,0 +1,233 @@
+//! What Amazon documents of logging in to its registries: the APIs of ECR and STS as functions for [`Hosts`](crate::Hosts),
+//! which check what they are sent, signatures too.
+
+use std::collections::{BTreeSet, HashMap};
+use std::fmt::Write as _;
+use std::sync::{Mutex, PoisonError};
+
+use anyhow::{Context as _, Result, ensure};
+use base64::Engine as _;
+use base64::prelude::BASE64_STANDARD;
+use jsonwebtoken::{DecodingKey, Validation, jwk::JwkSet};
+use serde_json::{Value, json};
+use sha2::{Digest as _, Sha256};
+
+use crate::hosts::{Answer, Asked};
+
+/// An account with one registry in one region.
+pub struct Amazon {
+    pub region: String,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    /// Secret and session token of each access key.
+    keys: HashMap<String, (String, Option<String>)>,
+    /// The subject that may take on each role.
+    roles: HashMap<String, String>,
+    issuer: Option<(JwkSet, String)>,
+    password: String,
+    given: usize,
+    repositories: BTreeSet<String>,
+    created: Vec<Value>,
+    sessions: Vec<String>,
+}
+
+impl Amazon {
+    #[must_use]
+    pub fn new(region: &str) -> Self {
+        Self { region: region.to_owned(), state: Mutex::default() }
+    }
+
+    fn state(&self) -> std::sync::MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn add_key(&self, id: &str, secret: &str) {
+        self.state().keys.insert(id.to_owned(), (secret.to_owned(), None));
+    }
+
+    /// Lets a subject of this issuer's tokens, which are signed with one of these keys (JSON), take on a role.
+    pub fn trust(&self, role: &str, subject: &str, issuer: &str, keys: &str) -> Result<()> {
+        let mut state = self.state();
+        state.roles.insert(role.to_owned(), subject.to_owned());
+        state.issuer = Some((serde_json::from_str(keys)?, issuer.to_owned()));
+        Ok(())
+    }
+
+    /// What is given to those who ask for a password from now on.
+    pub fn set_password(&self, password: &str) {
+        password.clone_into(&mut self.state().password);
+    }
+
+    /// How often a password was given.
+    #[must_use]
+    pub fn given(&self) -> usize {
+        self.state().given
+    }
+
+    /// What repositories were created with, in their order.
+    #[must_use]
+    pub fn created(&self) -> Vec<Value> {
+        self.state().created.clone()
+    }
+
+    /// The names of the sessions that roles were taken on with.
+    #[must_use]
+    pub fn sessions(&self) -> Vec<String> {
+        self.state().sessions.clone()
+    }
+
+    /// What the registry says of a repository that is not there (distribution-spec, `NAME_UNKNOWN`).
+    #[must_use]
+    pub fn missing(&self, path: &str) -> Option<Answer> {
+        let name = path.strip_prefix("/v2/")?;
+        let end = ["/manifests/", "/blobs/", "/tags/", "/referrers/"].iter().find_map(|part| name.find(part))?;
+        let name = &name[..end];
+        if self.state().repositories.contains(name) {
+            return None;
+        }
+        let message = format!("The repository with name '{name}' does not exist in the registry");
+        Some((404, json!({"errors": [{"code": "NAME_UNKNOWN", "message": message}]}).to_string()))
+    }
+
+    /// The API of ECR, private or public (AWS JSON 1.1).
+    pub fn ecr(&self, asked: &Asked) -> Answer {
+        let refuse =
+            |status, code: &str, message: String| (status, json!({"__type": code, "message": message}).to_string());
+        if let Err(error) = self.check_signature(asked) {
+            return refuse(400, "InvalidSignatureException", format!("{error:#}"));
+        }
+        let body: Value = serde_json::from_slice(&asked.body).unwrap_or_default();
+        let target = asked.header("x-amz-target").rsplit('.').next().unwrap_or_default().to_owned();
+        let mut state = self.state();
+        match target.as_str() {
+            "GetAuthorizationToken" => {
+                state.given += 1;
+                let token = BASE64_STANDARD.encode(format!("AWS:{}", state.password));
+                let data =
+                    json!({"authorizationToken": token, "expiresAt": 4_102_444_800.0, "proxyEndpoint": "https://x"});
+                let data = if asked.host.contains("ecr-public") { data } else { json!([data]) };
+                (200, json!({ "authorizationData": data }).to_string())
+            }
+            "CreateRepository" => {
+                let name = body["repositoryName"].as_str().unwrap_or_default().to_owned();
+                if !state.repositories.insert(name.clone()) {
+                    return refuse(400, "RepositoryAlreadyExistsException", format!("{name} exists"));
+                }
+                state.created.push(body);
+                (200, json!({"repository": {"repositoryName": name}}).to_string())
+            }
+            other => refuse(400, "UnknownOperationException", other.to_owned()),
+        }
+    }
+
+    /// The API of STS (AWS Query): `AssumeRoleWithWebIdentity`, which is not signed.
+    pub fn sts(&self, asked: &Asked) -> Answer {
+        match self.assume(asked) {
+            Ok(xml) => (200, xml),
+            Err(error) => {
+                let denied = format!(
+                    "<ErrorResponse><Error><Type>Sender</Type><Code>AccessDenied</Code><Message>Not authorized to perform \
+                     sts:AssumeRoleWithWebIdentity: {error:#}</Message></Error></ErrorResponse>"
+                );
+                (403, denied)
+            }
+        }
+    }
+
+    fn assume(&self, asked: &Asked) -> Result<String> {
+        let form = asked.form();
+        let field = |name: &str| form.get(name).cloned().with_context(|| format!("no {name}"));
+        ensure!(field("Action")? == "AssumeRoleWithWebIdentity" && asked.header("authorization").is_empty());
+        let mut state = self.state();
+        let subject = state.roles.get(&field("RoleArn")?).cloned().context("there is no such role")?;
+        let (keys, issuer) = state.issuer.as_ref().context("no issuer is trusted")?;
+        let token = field("WebIdentityToken")?;
+        let header = jsonwebtoken::decode_header(&token)?;
+        let key = keys.find(&header.kid.context("no key is named")?).context("the key is not known")?;
+        let mut validation = Validation::new(header.alg);
+        validation.set_audience(&["sts.amazonaws.com"]);
+        validation.set_issuer(&[issuer]);
+        let claims = jsonwebtoken::decode::<Value>(&token, &DecodingKey::from_jwk(key)?, &validation)?.claims;
+        ensure!(claims["sub"] == subject.as_str(), "{} is not {subject}", claims["sub"]);
+        state.sessions.push(field("RoleSessionName")?);
+        let number = state.sessions.len();
+        let (id, secret, session) =
+            (format!("ASIA{number:016}"), format!("secret-{number}"), format!("session-{number}"));
+        state.keys.insert(id.clone(), (secret.clone(), Some(session.clone())));
+        Ok(format!(
+            "<AssumeRoleWithWebIdentityResponse xmlns=\"https://sts.amazonaws.com/doc/2011-06-15/\">\
+             <AssumeRoleWithWebIdentityResult><Credentials><AccessKeyId>{id}</AccessKeyId>\
+             <SecretAccessKey>{secret}</SecretAccessKey><SessionToken>{session}</SessionToken>\
+             <Expiration>2099-01-01T00:00:00Z</Expiration></Credentials></AssumeRoleWithWebIdentityResult>\
+             </AssumeRoleWithWebIdentityResponse>"
+        ))
+    }
+
+    /// docs.aws.amazon.com, "Create a signed AWS API request" (version 4).
+    fn check_signature(&self, asked: &Asked) -> Result<()> {
+        let value = asked.header("authorization").strip_prefix("AWS4-HMAC-SHA256 ").context("it is not signed")?;
+        let parts: HashMap<&str, &str> = value.split(", ").filter_map(|part| part.split_once('=')).collect();
+        let part = |name: &str| parts.get(name).copied().with_context(|| format!("no {name}"));
+        let (id, scope) = part("Credential")?.split_once('/').context("no scope")?;
+        let (secret, session) = self.state().keys.get(id).cloned().context("the access key is not known")?;
+        if let Some(session) = session {
+            ensure!(asked.header("x-amz-security-token") == session, "another session token");
+        }
+        let [day, region, service, "aws4_request"] = scope.split('/').collect::<Vec<_>>()[..] else {
+            anyhow::bail!("the scope {scope} is none")
+        };
+        ensure!(region == self.region || asked.host.contains("ecr-public"), "signed for {region}");
+        let date = asked.header("x-amz-date");
+        ensure!(date.starts_with(day), "signed for another day");
+        let signed = part("SignedHeaders")?;
+        ensure!(signed.split(';').any(|name| name == "host"), "the host is not signed");
+        let headers = signed.split(';').fold(String::new(), |mut text, name| {
+            let _ = writeln!(text, "{name}:{}", asked.header(name).trim());
+            text
+        });
+        let body = hex(&Sha256::digest(&asked.body));
+        let query = asked.uri.query().unwrap_or_default();
+        let canonical = format!("{}\n{}\n{query}\n{headers}\n{signed}\n{body}", asked.method, asked.uri.path());
+        let text = format!("AWS4-HMAC-SHA256\n{date}\n{scope}\n{}", hex(&Sha256::digest(canonical)));
+        let key = [day, region, service, "aws4_request"]
+            .iter()
+            .fold(format!("AWS4{secret}").into_bytes(), |key, part| hmac(&key, part.as_bytes()));
+        ensure!(part("Signature")? == hex(&hmac(&key, text.as_bytes())), "the signature is wrong");
+        Ok(())
+    }
+}
+
+/// RFC 2104, with SHA-256.
+fn hmac(key: &[u8], text: &[u8]) -> Vec<u8> {
+    let mut block = [0; 64];
+    if key.len() > block.len() {
+        block[..32].copy_from_slice(&Sha256::digest(key));
+    } else {
+        block[..key.len()].copy_from_slice(key);
+    }
+    let padded = |byte: u8| block.map(|found| found ^ byte);
+    let inner = Sha256::new().chain_update(padded(0x36)).chain_update(text).finalize();
+    Sha256::new().chain_update(padded(0x5c)).chain_update(inner).finalize().to_vec()
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().fold(String::new(), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// RFC 4231, test case 2.
+    #[test]
+    fn a_code_is_as_the_standard_has_it() {
+        let code = hex(&hmac(b"Jefe", b"what do ya want for nothing?"));
+        assert_eq!(code, "5bdcc146bf60754e6a042426089575c75a003f089d2739839dec58b964ec3843");
+    }
+}

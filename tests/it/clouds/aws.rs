@@ -1,0 +1,240 @@
+//! Amazon Elastic Container Registry, private and public, with access keys, roles of `ServiceAccount`s, and the operator's own
+//! identity.
+
+use std::sync::Arc;
+
+use anyhow::{Context as _, Result, ensure};
+use kube::api::{Patch, PatchParams};
+use serde_json::{Value, json};
+use testenv::{Hosts, Image, RegistryOptions, RegistryServer, amazon::Amazon, hosts::HostsBuilder, registry::Auth};
+
+use crate::support::{Place, message};
+
+const REGISTRY: &str = "123456789012.dkr.ecr.eu-west-1.amazonaws.com";
+const API: &str = "api.ecr.eu-west-1.amazonaws.com";
+const STS: &str = "sts.eu-west-1.amazonaws.com";
+const KEY: &str = "AKIAIOSFODNN7EXAMPLE";
+const SECRET: &str = "wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY";
+const ROLE: &str = "arn:aws:iam::123456789012:role/mirror";
+
+struct Ecr {
+    hosts: Hosts,
+    amazon: Arc<Amazon>,
+    registry: RegistryServer,
+}
+
+impl Ecr {
+    /// With these repositories, or any if none is named.
+    async fn start(place: &Place, lacks_repositories: bool) -> Result<Self> {
+        let ca = place.env.ca()?;
+        let users = vec![("AWS".to_owned(), "ecr-password-1".to_owned())];
+        let options = RegistryOptions { name: "ecr".into(), auth: Auth::Htpasswd(users), ..RegistryOptions::default() };
+        let registry = RegistryServer::start(place.env, options).await?;
+        let amazon = Arc::new(Amazon::new("eu-west-1"));
+        amazon.add_key(KEY, SECRET);
+        amazon.set_password("ecr-password-1");
+        let (ecr, sts, missing) = (Arc::clone(&amazon), Arc::clone(&amazon), Arc::clone(&amazon));
+        let guard = move |_: &http::Method, path: &str| missing.missing(path).filter(|_| lacks_repositories);
+        let hosts = HostsBuilder::default()
+            .guarded(REGISTRY, "/v2/", registry.host(), guard)
+            .function(API, "/", move |asked| ecr.ecr(asked))
+            .function(STS, "/", move |asked| sts.sts(asked))
+            .start(&ca)
+            .await?;
+        Ok(Self { hosts, amazon, registry })
+    }
+
+    fn config(&self, place: &Place) -> Value {
+        json!({"registries": self.hosts.registries(&place.env.ca_path)})
+    }
+
+    fn asked(&self, line: &str) -> usize {
+        self.hosts.asked().iter().filter(|found| *found == line).count()
+    }
+}
+
+/// A mirror of `agent:1` in the registry.
+async fn spec(place: &Place, changes: &Value) -> Result<Value> {
+    place.push(&place.env.source, "agent", "1", &Image::single(1, &[1000])).await?;
+    let mut spec = place.spec(&place.env.source, &place.env.target, &[("agent", &["1"])]);
+    spec["target"] = json!({"registry": REGISTRY, "repository": "team/{name}"});
+    for (key, value) in changes.as_object().into_iter().flatten() {
+        match (&mut spec[key], value) {
+            (Value::Array(list), Value::Array(more)) => list.extend(more.clone()),
+            (place, value) => *place = value.clone(),
+        }
+    }
+    Ok(spec)
+}
+
+async fn key_pair(place: &Place, secret: &str) -> Result<()> {
+    let auths = json!({"auths": {REGISTRY: {"username": KEY, "password": secret}}}).to_string();
+    place.secret("push", "kubernetes.io/dockerconfigjson", &[(".dockerconfigjson", &auths)]).await
+}
+
+fn with_secret() -> Value {
+    json!({"target": {"registry": REGISTRY, "repository": "team/{name}", "secretRef": {"name": "push"}}})
+}
+
+#[tokio::test]
+async fn an_access_key_is_exchanged_for_a_password_that_is_had_again_when_it_is_refused() -> Result<()> {
+    let place = Place::new("ecr-key").await?;
+    let ecr = Ecr::start(&place, false).await?;
+    key_pair(&place, "wrong").await?;
+    let operator = place.operator_from(ecr.config(&place), &json!({}), "debug")?;
+    place.apply("m", &spec(&place, &with_secret()).await?).await?;
+    let status = place.until_reason("m", "AuthenticationFailed").await?.status.unwrap_or_default();
+    let said = message(&status, "Ready");
+    ensure!(said.contains("InvalidSignatureException") && said.contains("Secret \"push\""), "{said}");
+    key_pair(&place, SECRET).await?;
+    place.until_ready("m").await?;
+    ensure!(ecr.amazon.given() == 1, "{} passwords", ecr.amazon.given());
+    // A password that does not last as long as it was said.
+    ecr.registry.set_users(&[("AWS".to_owned(), "ecr-password-2".to_owned())])?;
+    ecr.amazon.set_password("ecr-password-2");
+    place.push(&place.env.source, "agent", "1", &Image::single(2, &[1000])).await?;
+    place.request("m").await?;
+    place.until_ready("m").await?;
+    ensure!(ecr.amazon.given() == 2, "{} passwords", ecr.amazon.given());
+    ensure!(!operator.logged()?.contains(SECRET) && !operator.logged()?.contains("ecr-password"));
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_repository_that_a_push_needs_is_made_where_the_administrator_says_so() -> Result<()> {
+    let place = Place::new("ecr-create").await?;
+    let ecr = Ecr::start(&place, true).await?;
+    key_pair(&place, SECRET).await?;
+    let operator = place.operator_from(ecr.config(&place), &json!({}), "debug")?;
+    place.apply("m", &spec(&place, &with_secret()).await?).await?;
+    let status = place.until_reason("m", "RepositoryMissing").await?.status.unwrap_or_default();
+    ensure!(message(&status, "Ready").contains("team/agent"), "{}", message(&status, "Ready"));
+    ensure!(ecr.amazon.created().is_empty());
+    drop(operator);
+    let mut config = ecr.config(&place);
+    for registry in config["registries"].as_array_mut().context("they are a list")? {
+        if registry["host"] == REGISTRY {
+            registry["createRepositories"] =
+                json!({"tags": {"team": "platform"}, "immutableTags": true, "scanOnPush": true});
+        }
+    }
+    let _operator = place.operator_from(config, &json!({}), "debug")?;
+    place.request("m").await?;
+    place.until_ready("m").await?;
+    let expected = json!({
+        "repositoryName": "team/agent", "tags": [{"Key": "team", "Value": "platform"}],
+        "imageTagMutability": "IMMUTABLE", "imageScanningConfiguration": {"scanOnPush": true},
+    });
+    ensure!(ecr.amazon.created() == [expected], "{:?}", ecr.amazon.created());
+    Ok(())
+}
+
+/// A `ServiceAccount` with the role.
+async fn account(place: &Place, name: &str, annotations: &Value) -> Result<()> {
+    let api: kube::Api<k8s_openapi::api::core::v1::ServiceAccount> =
+        kube::Api::namespaced(crate::support::admin(place.env).await?, &place.namespace);
+    let object = json!({
+        "apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": name, "annotations": annotations},
+    });
+    api.patch(name, &PatchParams::apply("test"), &Patch::Apply(&object)).await?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_service_account_takes_on_its_role_where_the_operator_may_make_tokens() -> Result<()> {
+    let place = Place::new("ecr-role").await?;
+    let ecr = Ecr::start(&place, false).await?;
+    let (issuer, keys) = super::issuer(&place)?;
+    ecr.amazon.trust(ROLE, &format!("system:serviceaccount:{}:mirror", place.namespace), &issuer, &keys)?;
+    account(&place, "mirror", &json!({})).await?;
+    let operator = place.operator_from(ecr.config(&place), &json!({}), "debug")?;
+    let provider = json!({"serviceAccountName": "mirror", "registries": [{"host": REGISTRY, "provider": "aws"}]});
+    place.apply("m", &spec(&place, &provider).await?).await?;
+    let status = place.until_reason("m", "SecretInvalid").await?.status.unwrap_or_default();
+    ensure!(message(&status, "Ready").contains("eks.amazonaws.com/role-arn"), "{}", message(&status, "Ready"));
+    account(&place, "mirror", &json!({"eks.amazonaws.com/role-arn": ROLE})).await?;
+    let status = place.until_reason("m", "Forbidden").await?.status.unwrap_or_default();
+    ensure!(message(&status, "Ready").contains("serviceAccountTokens.create"), "{}", message(&status, "Ready"));
+    place.make_tokens()?;
+    place.request("m").await?;
+    place.until_ready("m").await?;
+    ensure!(
+        ecr.amazon.sessions() == [format!("imagemirror-{}-mirror", place.namespace)],
+        "{:?}",
+        ecr.amazon.sessions()
+    );
+    ensure!(ecr.asked(&format!("POST {STS}/")) == 1 && ecr.amazon.given() == 1, "{:?}", ecr.hosts.asked());
+    // A role that it may not take on.
+    account(&place, "other", &json!({"eks.amazonaws.com/role-arn": ROLE})).await?;
+    let other = json!({
+        "serviceAccountName": "other", "registries": [{"host": REGISTRY, "provider": "aws"}],
+        "target": {"registry": REGISTRY, "repository": "other/{name}"},
+    });
+    place.apply("n", &spec(&place, &other).await?).await?;
+    let status = place.until_reason("n", "PermissionDenied").await?.status.unwrap_or_default();
+    ensure!(message(&status, "Ready").contains("AccessDenied"), "{}", message(&status, "Ready"));
+    ensure!(!operator.logged()?.contains("eyJ"), "a token is in the log");
+    Ok(())
+}
+
+#[tokio::test]
+async fn the_operators_own_identity_is_for_the_namespaces_that_are_listed() -> Result<()> {
+    let place = Place::new("ecr-own").await?;
+    let ecr = Ecr::start(&place, false).await?;
+    let variables =
+        [("AWS_ACCESS_KEY_ID", KEY), ("AWS_SECRET_ACCESS_KEY", SECRET), ("AWS_EC2_METADATA_DISABLED", "true")];
+    let mut config = place.settings(ecr.config(&place), &json!({}))?;
+    let operator = place.operator_where(&config, &[], &variables)?;
+    let provider = json!({"registries": [{"host": REGISTRY, "provider": "aws"}]});
+    place.apply("m", &spec(&place, &provider).await?).await?;
+    let status = place.until_reason("m", "Forbidden").await?.status.unwrap_or_default();
+    ensure!(message(&status, "Ready").contains("identityNamespaces"), "{}", message(&status, "Ready"));
+    ensure!(ecr.hosts.asked().iter().all(|line| !line.contains(API)), "{:?}", ecr.hosts.asked());
+    drop(operator);
+    config["identityNamespaces"] = json!([place.namespace]);
+    let operator = place.operator_where(&config, &[], &variables)?;
+    place.request("m").await?;
+    place.until_ready("m").await?;
+    ensure!(ecr.amazon.given() == 1);
+    drop(operator);
+    // Nobody at all.
+    let _operator = place.operator_where(&config, &[], &[("AWS_EC2_METADATA_DISABLED", "true")])?;
+    place.request("m").await?;
+    let status = place.until_reason("m", "AuthenticationFailed").await?.status.unwrap_or_default();
+    ensure!(message(&status, "Ready").contains("has no identity at Amazon"), "{}", message(&status, "Ready"));
+    Ok(())
+}
+
+#[tokio::test]
+async fn the_public_registry_has_an_api_of_its_own() -> Result<()> {
+    let place = Place::new("ecr-public").await?;
+    let ca = place.env.ca()?;
+    let users = vec![("AWS".to_owned(), "ecr-password-1".to_owned())];
+    let options = RegistryOptions { name: "public".into(), auth: Auth::Htpasswd(users), ..RegistryOptions::default() };
+    let registry = RegistryServer::start(place.env, options).await?;
+    place.push(registry.registry(), "agent", "1", &Image::single(1, &[1000])).await?;
+    let amazon = Arc::new(Amazon::new("us-east-1"));
+    amazon.add_key(KEY, SECRET);
+    amazon.set_password("ecr-password-1");
+    let ecr = Arc::clone(&amazon);
+    let hosts = HostsBuilder::default()
+        .server("public.ecr.aws", "/v2/", registry.host())
+        .function("api.ecr-public.us-east-1.amazonaws.com", "/", move |asked| ecr.ecr(asked))
+        .start(&ca)
+        .await?;
+    let auths = json!({"auths": {"public.ecr.aws": {"username": KEY, "password": SECRET}}}).to_string();
+    place.secret("pull", "kubernetes.io/dockerconfigjson", &[(".dockerconfigjson", &auths)]).await?;
+    place.pull_secret("push", &[&place.env.target]).await?;
+    let config = json!({"caFile": place.env.ca_path, "registries": hosts.registries(&place.env.ca_path)});
+    let _operator = place.operator_from(config, &json!({}), "debug")?;
+    let source = format!("public.ecr.aws/{}", place.repository("agent"));
+    let spec = json!({
+        "images": [{"source": source, "tags": ["1"]}],
+        "imagePullSecrets": [{"name": "pull"}],
+        "target": {"registry": place.env.target.host, "secretRef": {"name": "push"}},
+    });
+    place.apply("m", &spec).await?;
+    place.until_ready("m").await?;
+    ensure!(amazon.given() == 1, "{} passwords", amazon.given());
+    Ok(())
+}

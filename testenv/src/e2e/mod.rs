@@ -12,7 +12,7 @@ use anyhow::{Context, Result, bail};
 use tokio::signal::unix::{SignalKind, signal};
 
 use self::cluster::Cluster;
-use crate::node::walls::{self, Cgroup};
+use crate::node::walls;
 use crate::process::Process;
 use crate::supervisor::{exit_code, session};
 use crate::terminal::say;
@@ -42,10 +42,10 @@ pub fn run(image: &Path) -> Result<u8> {
     let image = image.canonicalize().with_context(|| format!("no image at {}: `make image`", image.display()))?;
     session(async |run_dir: &Path| {
         let tools = tools::find_all_and_node().await?;
-        let cgroup = Cgroup::create()?;
+        let cgroup = walls::create_cgroup(run_dir)?;
         let mut command = walls::within(&std::env::current_exe()?);
         command.arg("e2e-inside").arg("--image").arg(&image).arg("--run-dir").arg(run_dir);
-        command.arg("--tools").arg(&tools.dir).args(["--cgroup", cgroup.name()]);
+        command.arg("--tools").arg(&tools.dir).args(["--cgroup", &cgroup]);
         let mut inside = Process::spawn_foreground("the end-to-end test", command)?;
         let status = inside.wait().await?;
         Ok(exit_code(status))

@@ -37,7 +37,6 @@ const SETTINGS: [(&str, &str); 6] = [
     ("kernel/keys/root_maxbytes", "25000000"),
 ];
 const CGROUPS: &str = "/sys/fs/cgroup";
-const CGROUP_PREFIX: &str = "imagemirror-node-";
 /// For the kernel to let go of a control group whose processes have just been killed.
 const CGROUP_DEADLINE: Duration = Duration::from_secs(5);
 
@@ -58,7 +57,10 @@ pub(crate) fn check() -> Result<()> {
     let said = probe.stdin(Stdio::null()).output()?;
     let errors = String::from_utf8_lossy(&said.stderr);
     ensure!(said.status.success(), "namespaces, bridges or iptables are not allowed here: {}", errors.trim());
-    Cgroup::create().context("control groups are not allowed here").map(drop)
+    let probe = tempfile::Builder::new().prefix("imagemirror-testenv-").tempdir()?;
+    let created = create_cgroup(probe.path()).context("control groups are not allowed here");
+    remove_cgroup(probe.path());
+    created.map(drop)
 }
 
 /// The directory of the CNI plugins.
@@ -109,45 +111,31 @@ fn is_in_path(program: &str) -> bool {
     std::env::split_paths(&path).any(|dir| dir.join(program).is_file())
 }
 
-/// The control group of all pods, in each hierarchy (one in version 2, one a controller in version 1). Dropping it
-/// removes it: the processes must be gone.
-pub(crate) struct Cgroup {
-    name: String,
+/// Makes the control group of all pods of a run, in each hierarchy (one in version 2, one a controller in version 1), and
+/// gives its name. The guard removes it.
+pub(crate) fn create_cgroup(run_dir: &Path) -> Result<String> {
+    let name = cgroup_of(run_dir);
+    for hierarchy in hierarchies()? {
+        let dir = hierarchy.join(&name);
+        std::fs::create_dir(&dir).with_context(|| format!("create {}", dir.display()))?;
+        delegate_controllers(&hierarchy);
+    }
+    Ok(name)
 }
 
-impl Cgroup {
-    /// Also removes those of runs that were killed.
-    pub(crate) fn create() -> Result<Self> {
-        for old in hierarchies()?.iter().flat_map(|hierarchy| children(hierarchy)) {
-            let name = old.file_name().unwrap_or_default().to_string_lossy().into_owned();
-            if name.strip_prefix(CGROUP_PREFIX).is_some_and(|owner| !Path::new("/proc").join(owner).exists()) {
-                remove(&old);
-            }
+/// Removes the control group of a run, if it has one; its processes must be about to be gone.
+pub(crate) fn remove_cgroup(run_dir: &Path) {
+    let deadline = Instant::now() + CGROUP_DEADLINE;
+    for hierarchy in hierarchies().unwrap_or_default() {
+        while !remove(&hierarchy.join(cgroup_of(run_dir))) && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(20));
         }
-        let cgroup = Self { name: format!("{CGROUP_PREFIX}{}", std::process::id()) };
-        for hierarchy in hierarchies()? {
-            let dir = hierarchy.join(&cgroup.name);
-            std::fs::create_dir(&dir).with_context(|| format!("create {}", dir.display()))?;
-            delegate_controllers(&hierarchy);
-        }
-        Ok(cgroup)
-    }
-
-    /// From the root of each hierarchy.
-    pub(crate) fn name(&self) -> &str {
-        &self.name
     }
 }
 
-impl Drop for Cgroup {
-    fn drop(&mut self) {
-        let deadline = Instant::now() + CGROUP_DEADLINE;
-        for dir in hierarchies().unwrap_or_default().iter().map(|hierarchy| hierarchy.join(&self.name)) {
-            while !remove(&dir) && Instant::now() < deadline {
-                std::thread::sleep(Duration::from_millis(20));
-            }
-        }
-    }
+/// As unique as the run directory.
+fn cgroup_of(run_dir: &Path) -> String {
+    run_dir.file_name().unwrap_or_default().to_string_lossy().into_owned()
 }
 
 fn hierarchies() -> Result<Vec<PathBuf>> {

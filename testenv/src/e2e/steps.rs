@@ -13,6 +13,8 @@ use crate::terminal::{megabytes, output, short};
 
 const MIRROR: &str = "imagemirror.imagemirror.dev/app";
 const SAYS: &str = "the-mirrored-image-runs";
+/// Of a time in RFC 3339, the length to the second.
+const SECOND: usize = "2006-01-02T15:04:05".len();
 /// The operator promises to end within 25 s.
 const END_DEADLINE: Duration = Duration::from_secs(25);
 
@@ -80,26 +82,30 @@ async fn mirror_while_the_leader_goes(cluster: &Cluster) -> Result<()> {
     };
     let done = cluster.until("the copy has begun", 60, copying).await?;
     output(&format!("{} of {} MB are copied", megabytes(done), megabytes(cluster.image.size() as u64)));
-    let leader = leader(cluster).await?;
+    let leader = text(&lease(cluster).await?["holderIdentity"]);
     let deleted = Instant::now();
     cluster.run(&format!("kubectl -n {SYSTEM} delete pod {leader} --wait=false")).await?;
     let replaced = async || {
         check(cluster).await?;
-        let now = self::leader(cluster).await?;
-        Ok(Asked::when(!now.is_empty() && now != leader, now.clone(), &format!("leader {now:?}")))
+        let lease = lease(cluster).await?;
+        let now = text(&lease["holderIdentity"]);
+        Ok(Asked::when(!now.is_empty() && now != leader, lease.clone(), &lease))
     };
-    let next = cluster.until("another pod leads", 40, replaced).await?;
-    ensure!(at_target(cluster).await?.is_none(), "the copy had ended before the leader was gone: nothing is proved");
-    output(&format!("{next} leads after {} ms", deleted.elapsed().as_millis()));
+    let lease = cluster.until("another pod leads", 40, replaced).await?;
+    output(&format!("{} leads after {} ms", text(&lease["holderIdentity"]), deleted.elapsed().as_millis()));
     cluster.run(&format!("kubectl -n {SYSTEM} wait --for=delete pod/{leader} --timeout=60s")).await?;
     ensure!(deleted.elapsed() < END_DEADLINE, "{leader} took {} s to end", deleted.elapsed().as_secs());
     output(&format!("{leader} is gone after {} ms", deleted.elapsed().as_millis()));
 
     let ready = async || {
         let mirror = check(cluster).await?;
-        Ok(Asked::when(is_ready(&mirror), (), &mirror["status"]))
+        Ok(Asked::when(is_ready(&mirror), mirror["status"]["lastSync"].clone(), &mirror["status"]))
     };
-    cluster.until("the object is Ready", 90, ready).await?;
+    let run = cluster.until("the object is Ready", 90, ready).await?;
+    let (started, acquired) = (text(&run["startedAt"]), text(&lease["acquireTime"]));
+    // To the second: the one is written with fractions.
+    let is_later = started.get(..SECOND) >= acquired.get(..SECOND) && run["bytesCopied"].as_u64() > Some(0);
+    ensure!(is_later, "not copied by the new leader, which leads since {acquired}: {run}");
     let (found, wanted) = (at_target(cluster).await?, cluster.image.digest());
     ensure!(found.as_deref() == Some(wanted), "the target's tag is {found:?}, not {wanted}");
     let violations = cluster.proxy.violations();
@@ -241,9 +247,9 @@ async fn at_target(cluster: &Cluster) -> Result<Option<String>> {
     Client::new(&cluster.env, &cluster.env.target)?.digest_of("mirror/app", "1.0").await
 }
 
-/// The pod that holds the Lease.
-async fn leader(cluster: &Cluster) -> Result<String> {
-    Ok(text(&cluster.get(SYSTEM, "lease imagemirror").await?["spec"]["holderIdentity"]))
+/// Which pod leads, and since when.
+async fn lease(cluster: &Cluster) -> Result<Value> {
+    Ok(cluster.get(SYSTEM, "lease imagemirror").await?["spec"].take())
 }
 
 fn is_ready(mirror: &Value) -> bool {

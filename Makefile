@@ -36,7 +36,7 @@ export RUST_TEST_THREADS ?= 8
 
 .PHONY: help
 help: ## List these commands
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)$$/\1\t\2/p' Makefile | while IFS=$$'\t' read -r name text; do printf '  make %-16s %s\n' "$$name" "$$text"; done
+	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)$$/\1\t\2/p' Makefile | while IFS=$$'\t' read -r name text; do printf '  make %-16s %s\n' "$$name" "$$text"; done
 
 .PHONY: demo
 demo: release ## Mirror three images between real registries under a real Kubernetes API; KEEP=1 leaves it running
@@ -54,6 +54,26 @@ test: release ## Run every test against a real control plane and real registries
 soak: ## Run the operator with its own timing for SOAK_MINUTES=30, with faults that last as long as real ones
 	$(BUILD)
 	$(TARGET_DIR)/debug/testenv up -- cargo test --locked --test it -- --ignored --nocapture soak
+
+# Skips, and says why, where no node can be: root and containerd are needed.
+.PHONY: e2e
+e2e: release e2e-tools ## Install image and chart on a real node, delete the leader in mid-copy, run what was mirrored; needs root
+	$(BUILD)
+	TESTENV=$(TARGET_DIR)/debug/testenv hack/image $(BINARY) $(TARGET_DIR)/image
+	$(TARGET_DIR)/debug/testenv e2e --image $(TARGET_DIR)/image/oci
+
+# From Debian's packages, where they are absent and may be installed.
+.PHONY: e2e-tools
+e2e-tools:
+	@missing=(); \
+	for pair in containerd:containerd runc:runc iptables:iptables ip:iproute2; do \
+	  command -v $${pair%:*} >/dev/null || missing+=($${pair#*:}); \
+	done; \
+	[[ -x /usr/lib/cni/bridge || -x /opt/cni/bin/bridge ]] || missing+=(containernetworking-plugins); \
+	if [[ $${#missing[@]} -gt 0 && $$(id -u) == 0 ]] && command -v apt-get >/dev/null; then \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$${missing[@]}" \
+	    || echo "not installed: $${missing[*]}" >&2; \
+	fi
 
 .PHONY: golden
 golden: ## Write tests/golden from what the tests see now

@@ -15,6 +15,11 @@ use rcgen::{
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 
+/// This machine as pods see it, where there is a node: an address of a network namespace of its own.
+pub const HOST: &str = "10.84.0.1";
+/// The API server's Service as pods see it: the first address of the range of Services.
+const KUBERNETES: &str = "10.96.0.1";
+
 /// Wide enough that a machine whose clock is off still runs the tests.
 const YEARS: Range<i32> = 2020..2099;
 
@@ -57,9 +62,9 @@ impl Ca {
         &self.cert_pem
     }
 
-    /// A server certificate for `127.0.0.1`, `::1` and `localhost`.
+    /// A server certificate for `127.0.0.1`, `::1` and `localhost`, and for what pods know servers by.
     pub fn server(&self) -> Result<Identity> {
-        self.server_for(&["127.0.0.1", "::1", "localhost"], YEARS)
+        self.server_for(&["127.0.0.1", "::1", "localhost", HOST, KUBERNETES], YEARS)
     }
 
     /// A server certificate for these names and addresses, from the first day of one year to that of another.

@@ -1,4 +1,4 @@
-//! A Kubernetes control plane without nodes: etcd, kube-apiserver and kube-controller-manager (for ServiceAccounts,
+//! A Kubernetes control plane without a node ([`node`](crate::node) adds one): etcd, kube-apiserver and kube-controller-manager (for ServiceAccounts,
 //! garbage collection and Jobs), on free ports of 127.0.0.1. Enough for every test of a controller, with real
 //! validation, CEL, RBAC and watches.
 
@@ -12,13 +12,35 @@ use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 use serde_json::json;
 
-use crate::certs::{Ca, Identity, http_client};
+use crate::certs::{self, Ca, Identity, http_client};
 use crate::env::log_path;
 use crate::process::Process;
 use crate::tools::Tools;
 
 /// Generous, because a loaded machine with cold disks takes many times the usual five seconds.
 const DEADLINE: Duration = Duration::from_secs(90);
+
+/// The addresses of Services.
+pub(crate) const SERVICES: &str = "10.96.0.0/16";
+
+/// Who reaches the API server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reach {
+    /// This machine.
+    Loopback,
+    /// Pods, too, at [`certs::HOST`], which must be an address of this machine.
+    Pods,
+}
+
+impl Reach {
+    fn arguments(self) -> Vec<String> {
+        match self {
+            // There is no address that pods could reach, and 127.0.0.1 is not accepted as an endpoint.
+            Self::Loopback => vec!["--bind-address=127.0.0.1".to_owned(), "--endpoint-reconciler-type=none".to_owned()],
+            Self::Pods => vec!["--bind-address=0.0.0.0".to_owned(), format!("--advertise-address={}", certs::HOST)],
+        }
+    }
+}
 
 /// A running control plane; dropping it kills it.
 pub struct ControlPlane {
@@ -35,7 +57,7 @@ pub struct ControlPlane {
 
 impl ControlPlane {
     /// Starts the three parts with their files in `run_dir`; the authority must be saved at `ca_path`.
-    pub async fn start(tools: &Tools, run_dir: &Path, ca: &Ca, ca_path: &Path) -> Result<Self> {
+    pub async fn start(tools: &Tools, run_dir: &Path, ca: &Ca, ca_path: &Path, reach: Reach) -> Result<Self> {
         let dir = run_dir.join("controlplane");
         std::fs::create_dir_all(&dir)?;
         let identity = ca.server()?;
@@ -43,6 +65,7 @@ impl ControlPlane {
         // Signs ServiceAccount tokens; of the certificate, only the public key is used.
         ca.client("service-accounts", "testenv")?.save(&dir.join("sa.pem"), &dir.join("sa.key"))?;
         let admin = ca.client("admin", "system:masters")?;
+        admin.save(&dir.join("admin.pem"), &dir.join("admin.key"))?;
         let client = http_client(ca.cert_pem(), Some(&admin))?;
 
         let (etcd, etcd_url) = start_etcd(tools, run_dir, &dir, &client).await?;
@@ -55,13 +78,15 @@ impl ControlPlane {
         std::fs::write(&policy, audit_policy().to_string())?;
         let mut command = Command::new(tools.path("kube-apiserver"));
         command
-            .args(["--bind-address=127.0.0.1", "--authorization-mode=Node,RBAC", "--allow-privileged=true"])
-            .args([
-                "--service-account-issuer=https://kubernetes.default.svc",
-                "--service-cluster-ip-range=10.96.0.0/16",
-            ])
-            // There is no address that pods could reach, and 127.0.0.1 is not accepted as an endpoint.
-            .args(["--endpoint-reconciler-type=none", "--profiling=false", "--external-hostname=127.0.0.1"])
+            .args(["--authorization-mode=Node,RBAC", "--allow-privileged=true"])
+            .arg("--service-account-issuer=https://kubernetes.default.svc")
+            .arg(format!("--service-cluster-ip-range={SERVICES}"))
+            .args(["--profiling=false", "--external-hostname=127.0.0.1"])
+            .args(reach.arguments())
+            // For the logs of pods.
+            .arg("--kubelet-preferred-address-types=InternalIP")
+            .arg(format!("--kubelet-client-certificate={}", dir.join("admin.pem").display()))
+            .arg(format!("--kubelet-client-key={}", dir.join("admin.key").display()))
             .arg(format!("--audit-policy-file={}", policy.display()))
             .arg(format!("--audit-log-path={}", audit.display()))
             .arg(format!("--secure-port={port}"))
@@ -96,7 +121,7 @@ pub fn kubeconfig_with_token(server: &str, ca_pem: &str, token: &str) -> String 
     kubeconfig(server, ca_pem, &json!({ "token": token }))
 }
 
-fn kubeconfig_with_identity(server: &str, ca_pem: &str, identity: &Identity) -> String {
+pub(crate) fn kubeconfig_with_identity(server: &str, ca_pem: &str, identity: &Identity) -> String {
     let user = json!({
         "client-certificate-data": BASE64_STANDARD.encode(&identity.cert_pem),
         "client-key-data": BASE64_STANDARD.encode(&identity.key_pem),

@@ -25,6 +25,7 @@ const IN_FLIGHT: usize = 256;
 #[derive(Clone, Debug)]
 pub struct ForwarderBuilder {
     upstream: String,
+    listen: String,
     bytes_per_second: Option<u64>,
     delay: Duration,
 }
@@ -40,10 +41,15 @@ impl Forwarder {
     /// A line to `host` (`127.0.0.1:PORT`) without limit and delay.
     #[must_use]
     pub fn to(host: &str) -> ForwarderBuilder {
-        ForwarderBuilder { upstream: host.to_owned(), bytes_per_second: None, delay: Duration::ZERO }
+        ForwarderBuilder {
+            upstream: host.to_owned(),
+            listen: "127.0.0.1:0".to_owned(),
+            bytes_per_second: None,
+            delay: Duration::ZERO,
+        }
     }
 
-    /// Where it listens: `127.0.0.1:PORT`.
+    /// Where it listens: `127.0.0.1:PORT`, if nothing else was asked for.
     #[must_use]
     pub fn host(&self) -> String {
         self.address.to_string()
@@ -63,6 +69,12 @@ impl Drop for Forwarder {
 }
 
 impl ForwarderBuilder {
+    /// At this address and port; port 0 is any.
+    #[must_use]
+    pub fn listen(self, address: &str) -> Self {
+        Self { listen: address.to_owned(), ..self }
+    }
+
     /// In each direction.
     #[must_use]
     pub fn bytes_per_second(self, bytes: u64) -> Self {
@@ -76,7 +88,7 @@ impl ForwarderBuilder {
     }
 
     pub async fn start(self) -> Result<Forwarder> {
-        let listener = TcpListener::bind(("127.0.0.1", 0)).await.context("listen")?;
+        let listener = TcpListener::bind(&self.listen).await.context("listen")?;
         let address = listener.local_addr()?;
         let up = Arc::new(Pace::new(self.bytes_per_second));
         let down = Arc::new(Pace::new(self.bytes_per_second));

@@ -21,6 +21,7 @@ use nix::sys::signal::{SigSet, Signal, kill, killpg};
 use nix::unistd::Pid;
 
 use crate::env;
+use crate::node::walls;
 
 /// The FIFO's name in the run directory.
 pub(crate) const FIFO: &str = "guard";
@@ -117,6 +118,7 @@ pub fn run() -> Result<()> {
     }
     groups.end(&mut fifo);
     kill_marked(run_dir);
+    walls::remove_cgroup(run_dir);
     if !keep {
         std::fs::remove_dir_all(run_dir).with_context(|| format!("remove {}", run_dir.display()))?;
     }

@@ -13,7 +13,7 @@ use nix::unistd::Pid;
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::certs::Ca;
-use crate::controlplane::ControlPlane;
+use crate::controlplane::{ControlPlane, Reach};
 use crate::env::{self, Env, log_path};
 use crate::guard;
 use crate::process::Process;
@@ -29,7 +29,7 @@ const TOOLS_VARIABLE: &str = "TESTENV_BIN";
 pub fn up(command: &[OsString]) -> Result<u8> {
     session(async |run_dir: &Path| {
         let tools = tools::find_all().await?;
-        let parts = Parts::start(&tools, run_dir, TokenOptions::default()).await?;
+        let parts = Parts::start(&tools, run_dir, TokenOptions::default(), Reach::Loopback).await?;
         parts.env.save()?;
         foreground(command, &tools).await
     })
@@ -137,7 +137,7 @@ pub(crate) struct Parts {
 }
 
 impl Parts {
-    pub(crate) async fn start(tools: &Tools, run_dir: &Path, tokens: TokenOptions) -> Result<Self> {
+    pub(crate) async fn start(tools: &Tools, run_dir: &Path, tokens: TokenOptions, reach: Reach) -> Result<Self> {
         let (ca_path, ca_key_path) = (run_dir.join("ca.pem"), run_dir.join("ca.key"));
         let ca = Ca::generate()?;
         ca.save(&ca_path, &ca_key_path)?;
@@ -148,7 +148,7 @@ impl Parts {
             |name: &str, tls, auth| RegistryOptions { name: name.to_owned(), tls, auth, ..Default::default() };
         let registry = |options| RegistryServer::start_in(tools, run_dir, &ca, options);
         let (controlplane, source, target, open) = tokio::try_join!(
-            ControlPlane::start(tools, run_dir, &ca, &ca_path),
+            ControlPlane::start(tools, run_dir, &ca, &ca_path, reach),
             registry(options("source", true, Auth::Htpasswd(vec![puller]))),
             registry(options("target", true, token.auth())),
             registry(options("open", false, Auth::None)),
@@ -184,7 +184,7 @@ async fn foreground(command: &[OsString], tools: &Tools) -> Result<u8> {
     Ok(exit_code(process.wait().await?))
 }
 
-fn exit_code(status: ExitStatus) -> u8 {
+pub(crate) fn exit_code(status: ExitStatus) -> u8 {
     let code = status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or_default());
     u8::try_from(code).unwrap_or(1)
 }

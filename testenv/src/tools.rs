@@ -72,8 +72,7 @@ const MODULES: [Module; 5] = [
             program("kube-controller-manager", "k8s.io/kubernetes/cmd/kube-controller-manager"),
             program("kubectl", "k8s.io/kubernetes/cmd/kubectl"),
         ],
-        // Without it the API server says v0.0.0 and clients complain.
-        ldflags: "-s -w -X k8s.io/component-base/version.gitVersion=v1.34.4",
+        ldflags: KUBERNETES_LDFLAGS,
         takes: "5 minutes",
     },
     Module {
@@ -86,6 +85,21 @@ const MODULES: [Module; 5] = [
         takes: "1 minute",
     },
 ];
+
+/// What a node needs beside the control plane.
+const NODE: Module = Module {
+    name: "kubernetes",
+    programs: &[
+        program("kubelet", "k8s.io/kubernetes/cmd/kubelet"),
+        program("kube-proxy", "k8s.io/kubernetes/cmd/kube-proxy"),
+        program("kube-scheduler", "k8s.io/kubernetes/cmd/kube-scheduler"),
+    ],
+    ldflags: KUBERNETES_LDFLAGS,
+    takes: "3 minutes",
+};
+
+/// Without it the API server says v0.0.0 and clients complain.
+const KUBERNETES_LDFLAGS: &str = "-s -w -X k8s.io/component-base/version.gitVersion=v1.34.4";
 
 /// What the tests of the chart alone need.
 const CHART: &str = "chart";
@@ -106,6 +120,11 @@ impl Tools {
 /// Finds or builds every program and makes a directory of links to them in the cache.
 pub async fn find_all() -> Result<Tools> {
     find_modules(MODULES.iter().filter(|module| module.name != CHART).collect()).await
+}
+
+/// The same with the programs of a node.
+pub async fn find_all_and_node() -> Result<Tools> {
+    find_modules(MODULES.iter().filter(|module| module.name != CHART).chain([&NODE]).collect()).await
 }
 
 /// What tests the chart: `helm-unittest`, and `promql`, which reads expressions as Prometheus does.

@@ -13,7 +13,7 @@ use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
 use testenv::{
     Env, Image, Process,
-    controlplane::ControlPlane,
+    controlplane::{ControlPlane, Reach},
     proxy::{Action, Matcher},
     tools,
 };
@@ -228,7 +228,7 @@ impl Cluster {
         let directory = tempfile::tempdir_in(&env.run_dir)?;
         fs::create_dir(directory.path().join("logs"))?;
         let tools = tools::Tools { dir: env.tools.clone() };
-        let plane = ControlPlane::start(&tools, directory.path(), &env.ca()?, &env.ca_path).await?;
+        let plane = ControlPlane::start(&tools, directory.path(), &env.ca()?, &env.ca_path, Reach::Loopback).await?;
         Ok(Self { env, plane, directory })
     }
 

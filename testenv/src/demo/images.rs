@@ -3,11 +3,10 @@
 
 use anyhow::{Context, Result};
 
-use super::terminal;
 use crate::client::Client;
 use crate::env::Env;
 use crate::images::Image;
-use crate::tools;
+use crate::{terminal, tools};
 
 pub(super) const PLATFORMS: [&str; 2] = ["linux/amd64", "linux/arm64"];
 

@@ -2,11 +2,9 @@
 //! by the operator under its own permissions, a moved tag followed, a lost one restored. Each step is shown, and each
 //! is checked: what does not come out as said is an error.
 
-mod commands;
 mod images;
 mod operator;
 mod proof;
-mod terminal;
 mod watch;
 
 use std::path::{Path, PathBuf};
@@ -15,17 +13,18 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 
-use self::commands::Commands;
 use self::images::Tagged;
 use self::operator::Operator;
 use self::proof::Sides;
-use self::terminal::{output, say, step};
 use self::watch::{Watch, handled, ready};
 use crate::client::Client;
+use crate::commands::Commands;
+use crate::controlplane::Reach;
 use crate::env::Env;
 use crate::forwarder::Forwarder;
 use crate::registry::Registry;
 use crate::supervisor::{Parts, session};
+use crate::terminal::{self, output, say, step};
 use crate::token::TokenOptions;
 use crate::tools;
 
@@ -96,11 +95,11 @@ async fn play(binary: &Path, run_dir: &Path, keep: Option<&AtomicBool>) -> Resul
 
     step(1, "Start Kubernetes and two registries", "All of them real, on free ports of 127.0.0.1, stopped at the end.");
     let tokens = TokenOptions { host: HOST.to_owned(), ..Default::default() };
-    let parts = Parts::start(&tools, run_dir, tokens).await?;
+    let parts = Parts::start(&tools, run_dir, tokens, Reach::Loopback).await?;
     parts.env.save()?;
     let line = Forwarder::to(&parts.env.source.host).bytes_per_second(BYTES_PER_SECOND).start().await?;
     let (source, target) = (named(&parts.env.source, &line.host())?, named(&parts.env.target, &parts.env.target.host)?);
-    let commands = Commands::new(&parts.env, &[&source, &target])?;
+    let commands = Commands::new(&parts.env, "demo", &[&source, &target])?;
     let scene = Scene { parts, commands, _line: line, source, target, images };
     scene.commands.install_plugin(binary)?;
     scene.introduce(started.elapsed()).await?;

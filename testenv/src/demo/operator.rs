@@ -8,12 +8,12 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::Signal;
 
-use super::commands::Commands;
-use super::terminal;
 use crate::certs::http_client;
+use crate::commands::Commands;
 use crate::controlplane::free_port;
 use crate::env::Env;
 use crate::process::Process;
+use crate::terminal;
 
 const READY_DEADLINE: Duration = Duration::from_secs(30);
 /// The operator promises to end within 25 s.

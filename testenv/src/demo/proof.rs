@@ -3,10 +3,10 @@
 
 use anyhow::{Context, Result, ensure};
 
-use super::commands::Commands;
 use super::images::Tagged;
-use super::terminal;
+use crate::commands::Commands;
 use crate::images::Image;
+use crate::terminal;
 
 /// The registries as crane reaches them.
 pub(super) struct Sides<'a> {

@@ -7,8 +7,8 @@ use anyhow::{Result, bail};
 use serde_json::Value;
 use tokio::time::Instant;
 
-use super::commands::{Commands, Running};
-use super::terminal;
+use crate::commands::{Commands, Running};
+use crate::terminal;
 
 const STEP: Duration = Duration::from_millis(50);
 /// For the table to say what the object says already.

@@ -46,6 +46,7 @@ pub struct ProxyBuilder<'a> {
     env: &'a Env,
     registry: Registry,
     label: String,
+    listen: String,
     tls: bool,
     identity: Option<Identity>,
     up: Option<u64>,
@@ -57,6 +58,12 @@ impl ProxyBuilder<'_> {
     #[must_use]
     pub fn label(self, label: &str) -> Self {
         Self { label: label.to_owned(), ..self }
+    }
+
+    /// At this address of this machine instead of 127.0.0.1.
+    #[must_use]
+    pub fn listen(self, address: &str) -> Self {
+        Self { listen: address.to_owned(), ..self }
     }
 
     /// Without TLS on the client's side.
@@ -84,7 +91,7 @@ impl ProxyBuilder<'_> {
     }
 
     pub async fn start(self) -> Result<Proxy> {
-        let listener = TcpListener::bind(("127.0.0.1", 0)).await.context("listen")?;
+        let listener = TcpListener::bind((self.listen.as_str(), 0)).await.context("listen")?;
         let address = listener.local_addr()?;
         let shared = Arc::new(Shared {
             label: self.label,
@@ -120,8 +127,8 @@ impl Proxy {
     #[must_use]
     pub fn to<'a>(env: &'a Env, registry: &Registry) -> ProxyBuilder<'a> {
         let tls = registry.tls;
-        let (registry, label) = (registry.clone(), "proxy".to_owned());
-        ProxyBuilder { env, registry, label, tls, identity: None, up: None, down: None }
+        let (registry, label, listen) = (registry.clone(), "proxy".to_owned(), "127.0.0.1".to_owned());
+        ProxyBuilder { env, registry, label, listen, tls, identity: None, up: None, down: None }
     }
 
     /// In front of the API server. Client certificates do not pass, tokens do.
@@ -140,7 +147,7 @@ impl Proxy {
         Self::to(env, &server).label("token")
     }
 
-    /// `127.0.0.1:PORT`
+    /// `127.0.0.1:PORT`, if no other address was asked for.
     #[must_use]
     pub fn host(&self) -> String {
         self.address.to_string()

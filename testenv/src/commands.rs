@@ -1,5 +1,5 @@
 //! Runs kubectl, helm and crane of the environment as a person would: each command is one line without quotes, and what
-//! is printed is what is run. They work in a directory that holds the files of the demo and links to `crds`, `charts`
+//! is printed is what is run. They work in a directory that holds the caller's files and links to `crds`, `charts`
 //! and `config` of the repository, and see nothing of the user's own configuration.
 
 use std::fs::File;
@@ -11,17 +11,17 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 
-use super::terminal;
 use crate::env::Env;
 use crate::process::Process;
 use crate::registry::Registry;
+use crate::terminal;
 
-/// For one command; the slowest waits 30 s for the CRD by itself.
-const DEADLINE: Duration = Duration::from_mins(1);
+/// For one command; the slowest waits two minutes by itself, for pods (`helm install --wait`).
+const DEADLINE: Duration = Duration::from_mins(3);
 
-/// The directory of the demo and the programs.
-pub(super) struct Commands {
-    pub(super) dir: PathBuf,
+/// The directory and the programs.
+pub(crate) struct Commands {
+    pub(crate) dir: PathBuf,
     tools: PathBuf,
     kubeconfig: PathBuf,
     ca: PathBuf,
@@ -29,16 +29,16 @@ pub(super) struct Commands {
 }
 
 /// A command that goes on, and what it has printed.
-pub(super) struct Running {
-    pub(super) process: Process,
+pub(crate) struct Running {
+    pub(crate) process: Process,
     output: File,
     read: u64,
 }
 
 impl Commands {
-    /// Makes the directory; crane will know the passwords of `registries`.
-    pub(super) fn new(env: &Env, registries: &[&Registry]) -> Result<Self> {
-        let dir = env.run_dir.join("demo");
+    /// Makes the directory `name` of the run; crane will know the passwords of `registries`.
+    pub(crate) fn new(env: &Env, name: &str, registries: &[&Registry]) -> Result<Self> {
+        let dir = env.run_dir.join(name);
         std::fs::create_dir(&dir).with_context(|| format!("create {}", dir.display()))?;
         let repository = Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("testenv is not in the repository")?;
         for part in ["crds", "charts", "config"] {
@@ -61,25 +61,25 @@ impl Commands {
     }
 
     /// Lets kubectl find the program as its plugin.
-    pub(super) fn install_plugin(&self, binary: &Path) -> Result<()> {
+    pub(crate) fn install_plugin(&self, binary: &Path) -> Result<()> {
         let link = self.dir.join("kubectl-imagemirror");
         std::os::unix::fs::symlink(binary, &link).with_context(|| format!("link {}", link.display()))
     }
 
-    /// Writes a file of the demo.
-    pub(super) fn write(&self, name: &str, content: &str) -> Result<()> {
+    /// Writes a file into the directory.
+    pub(crate) fn write(&self, name: &str, content: &str) -> Result<()> {
         std::fs::write(self.dir.join(name), content).with_context(|| format!("write {name}"))
     }
 
     /// Prints the command and what it prints.
-    pub(super) async fn show(&self, line: &str) -> Result<()> {
+    pub(crate) async fn show(&self, line: &str) -> Result<()> {
         self.announce(line);
         terminal::output(&self.quiet(line).await?);
         Ok(())
     }
 
     /// The same with what it prints to standard error, for a command that ends with `code`.
-    pub(super) async fn show_all(&self, line: &str, code: i32) -> Result<()> {
+    pub(crate) async fn show_all(&self, line: &str, code: i32) -> Result<()> {
         self.announce(line);
         let output = tempfile::tempfile()?;
         let mut running = self.start_into(line, output.try_clone()?, output.into())?;
@@ -95,13 +95,13 @@ impl Commands {
     }
 
     /// Prints the command, without passwords.
-    pub(super) fn announce(&self, line: &str) {
+    pub(crate) fn announce(&self, line: &str) {
         let hide = |line: String, password: &String| line.replace(password, "…");
         terminal::command(&self.passwords.iter().fold(line.to_owned(), hide));
     }
 
     /// Runs the command and gives what it printed. An error holds its error output.
-    pub(super) async fn quiet(&self, line: &str) -> Result<String> {
+    pub(crate) async fn quiet(&self, line: &str) -> Result<String> {
         let errors = tempfile::tempfile()?;
         let mut running = self.start_with(line, errors.try_clone()?.into())?;
         let Ok(status) = tokio::time::timeout(DEADLINE, running.process.wait()).await else {
@@ -114,7 +114,7 @@ impl Commands {
     }
 
     /// Starts a command that goes on.
-    pub(super) fn start(&self, line: &str) -> Result<Running> {
+    pub(crate) fn start(&self, line: &str) -> Result<Running> {
         self.start_with(line, Stdio::null())
     }
 
@@ -144,7 +144,7 @@ impl Commands {
     }
 
     /// `line` as a person can run it in any directory: with full paths and the variables that its program needs.
-    pub(super) fn for_a_person(&self, line: &str) -> String {
+    pub(crate) fn for_a_person(&self, line: &str) -> String {
         let program = self.tools.join(line.split_whitespace().next().unwrap_or_default());
         let arguments = line.split_once(' ').map(|(_, rest)| rest).unwrap_or_default();
         let variables = if line.starts_with("kubectl") {
@@ -158,7 +158,7 @@ impl Commands {
 
 impl Running {
     /// What was printed since the last call.
-    pub(super) fn news(&mut self) -> Result<String> {
+    pub(crate) fn news(&mut self) -> Result<String> {
         text_from(&self.output, &mut self.read)
     }
 }

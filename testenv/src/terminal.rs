@@ -1,41 +1,41 @@
-//! What the demo says, and how: numbered steps with a line on why, and below them the commands and their output. A
-//! reader who has gone away (`make demo | head`) is no error of the demo.
+//! What the demo and the end-to-end test say, and how: steps, and below them the commands and their output. A reader
+//! who has gone away (`make demo | head`) is no error.
 
 use std::io::Write;
 
-const STEPS: u32 = 10;
+const DEMO_STEPS: u32 = 10;
 const INDENT: &str = "      ";
 
-/// Begins a step.
-pub(super) fn step(number: u32, title: &str, why: &str) {
-    write(&format!("\n[{number}/{STEPS}] {title}\n{INDENT}{why}\n"));
+/// Begins a step of the demo, with a line on why.
+pub(crate) fn step(number: u32, title: &str, why: &str) {
+    write(&format!("\n[{number}/{DEMO_STEPS}] {title}\n{INDENT}{why}\n"));
 }
 
 /// A line at the margin.
-pub(super) fn say(line: &str) {
+pub(crate) fn say(line: &str) {
     write(&format!("{line}\n"));
 }
 
 /// A command that is about to run.
-pub(super) fn command(line: &str) {
+pub(crate) fn command(line: &str) {
     write(&format!("{INDENT}$ {line}\n"));
 }
 
-/// What a command printed, or the demo itself found.
-pub(super) fn output(text: &str) {
+/// What a command printed, or we found ourselves.
+pub(crate) fn output(text: &str) {
     for line in text.lines() {
         write(&format!("{INDENT}{}\n", line.trim_end()));
     }
 }
 
 /// Bytes as people read them.
-pub(super) fn megabytes(bytes: u64) -> String {
+pub(crate) fn megabytes(bytes: u64) -> String {
     let tenths = bytes.saturating_add(50_000) / 100_000;
     format!("{}.{}", tenths / 10, tenths % 10)
 }
 
 /// A digest, short enough for a table; the comparison was with all of it.
-pub(super) fn short(digest: &str) -> &str {
+pub(crate) fn short(digest: &str) -> &str {
     digest.get(..19).unwrap_or(digest)
 }
 

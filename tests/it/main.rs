@@ -19,6 +19,7 @@ mod economy;
 mod engine;
 mod faults;
 mod forms;
+mod gitops;
 mod golden;
 mod kubernetes;
 mod layout;

@@ -21,6 +21,7 @@ mod faults;
 mod forms;
 mod gitops;
 mod golden;
+mod interrupts;
 mod kubernetes;
 mod layout;
 mod leadership;

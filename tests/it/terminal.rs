@@ -23,13 +23,13 @@ use crate::{
 };
 
 /// A program and the screen that it writes to.
-struct Terminal {
+pub(crate) struct Terminal {
     child: Child,
     seen: Arc<Mutex<(vt100::Parser, Vec<u8>)>>,
 }
 
 impl Terminal {
-    fn start(command: &mut Command, rows: u16, columns: u16) -> Result<Self> {
+    pub(crate) fn start(command: &mut Command, rows: u16, columns: u16) -> Result<Self> {
         let size = Winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
         let pty = openpty(Some(&size), None)?;
         let end = |fd: &OwnedFd| fd.try_clone().map(Stdio::from);
@@ -52,24 +52,32 @@ impl Terminal {
         Ok(Self { child, seen })
     }
 
-    fn screen(&self) -> String {
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    pub(crate) fn has_cursor(&self) -> bool {
+        !self.seen.lock().unwrap_or_else(PoisonError::into_inner).0.screen().hide_cursor()
+    }
+
+    pub(crate) fn screen(&self) -> String {
         let seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
         let screen = seen.0.screen();
         let rows = screen.rows(0, screen.size().1.get()).map(|row| row.trim_end().to_owned());
         rows.collect::<Vec<_>>().join("\n").trim_end().to_owned()
     }
 
-    fn written(&self) -> String {
+    pub(crate) fn written(&self) -> String {
         String::from_utf8_lossy(&self.seen.lock().unwrap_or_else(PoisonError::into_inner).1).into_owned()
     }
 
-    async fn shows(&self, what: &str, is_so: impl Fn(&str) -> bool) -> Result<String> {
+    pub(crate) async fn shows(&self, what: &str, is_so: impl Fn(&str) -> bool) -> Result<String> {
         let waited = eventually(what, || async { Ok(is_so(&self.screen())) }).await;
         waited.map_err(|error| error.context(self.screen()))?;
         Ok(self.screen())
     }
 
-    async fn ends(&mut self) -> Result<Option<i32>> {
+    pub(crate) async fn ends(&mut self) -> Result<Option<i32>> {
         let child = Mutex::new(&mut self.child);
         let mut code = None;
         eventually("the end of the program", || {
@@ -92,7 +100,7 @@ impl Drop for Terminal {
     }
 }
 
-fn sync(place: &Place, file: &str) -> Command {
+pub(crate) fn sync(place: &Place, file: &str) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_imagemirror"));
     command.args(["sync", "-f", file]).current_dir(&place.env.run_dir).env_remove("NO_COLOR");
     command

@@ -3,6 +3,7 @@
 
 use std::{
     collections::BTreeMap,
+    fmt::Write as _,
     fs,
     path::{Path, PathBuf},
     process::Command,
@@ -72,10 +73,10 @@ async fn the_scripts_for_argo_cd_pass_the_cases_beside_them() -> Result<()> {
         ensure!(said[0]["actions"] == json!(expected), "{}: {}", test["inputPath"], said[0]["actions"]);
     }
     let mut tested = Vec::new();
+    let token = Regex::new(r#""[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9:]{8}Z""#)?;
     for test in cases["actionTests"].as_array().context("no tests")? {
         let action = test["action"].as_str().context("no action")?;
         let said = argo(&[object(&test["inputPath"])?]).await?;
-        let token = Regex::new(r#""[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9:]{8}Z""#)?;
         let after = said[0]["after"][action].to_string();
         let after: Value = serde_json::from_str(&token.replace(&after, "\"0001-01-01T00:00:00Z\""))?;
         ensure!(after == object(&test["expectedOutputPath"])?, "{action}: {after}");
@@ -191,7 +192,7 @@ async fn the_configmap_of_argo_cd_is_as_in_the_golden_file_and_the_api_server_ta
     let mut actions = format!("discovery.lua: |\n{}definitions:\n", indented(&script("actions/discovery.lua")?, 2));
     for name in ["sync", "suspend", "resume"] {
         let action = indented(&script(&format!("actions/{name}/action.lua"))?, 4);
-        actions += &format!("- name: {name}\n  action.lua: |\n{action}");
+        write!(actions, "- name: {name}\n  action.lua: |\n{action}")?;
     }
     let patch = format!(
         "# For argocd-cm, until Argo CD knows the kind by itself (docs/guides/argocd.md). `make golden` writes it.\ndata:\n  \

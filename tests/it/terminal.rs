@@ -6,9 +6,10 @@ use std::{
     os::fd::OwnedFd,
     process::{Child, Command, Stdio},
     sync::{Arc, Mutex, PoisonError},
+    thread::JoinHandle,
 };
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 use nix::pty::{Winsize, openpty};
 use regex::Regex;
 use testenv::{
@@ -26,6 +27,8 @@ use crate::{
 pub(crate) struct Terminal {
     child: Child,
     seen: Arc<Mutex<(vt100::Parser, Vec<u8>)>>,
+    /// Ends when nobody can write any more.
+    reader: Option<JoinHandle<()>>,
 }
 
 impl Terminal {
@@ -41,7 +44,7 @@ impl Terminal {
         let seen = Arc::new(Mutex::new((vt100::Parser::new(rows.try_into()?, columns.try_into()?, 0), Vec::new())));
         let (mut master, written) = (File::from(pty.master), Arc::clone(&seen));
         // Ends with the program: then reading fails.
-        std::thread::spawn(move || {
+        let reader = std::thread::spawn(move || {
             let mut buffer = [0; 4096];
             while let Ok(count @ 1..) = master.read(&mut buffer) {
                 let mut written = written.lock().unwrap_or_else(PoisonError::into_inner);
@@ -49,7 +52,7 @@ impl Terminal {
                 written.1.extend(&buffer[..count]);
             }
         });
-        Ok(Self { child, seen })
+        Ok(Self { child, seen, reader: Some(reader) })
     }
 
     pub(crate) fn pid(&self) -> u32 {
@@ -77,6 +80,7 @@ impl Terminal {
         Ok(self.screen())
     }
 
+    /// Waits until the program has ended and all that it wrote has been read.
     pub(crate) async fn ends(&mut self) -> Result<Option<i32>> {
         let child = Mutex::new(&mut self.child);
         let mut code = None;
@@ -89,6 +93,9 @@ impl Terminal {
             async move { Ok(is_over) }
         })
         .await?;
+        if self.reader.take().is_some_and(|reader| reader.join().is_err()) {
+            bail!("what is written to the terminal cannot be read");
+        }
         Ok(code)
     }
 }

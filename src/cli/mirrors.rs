@@ -69,10 +69,10 @@ impl Mirrors {
         Ok(Self { documents, layouts: Layouts::of(arguments)?, validated })
     }
 
-    /// Carries each out with `run`, which is given its name, and gives nothing when it is interrupted.
+    /// Carries each out with `run`, which is given its name.
     pub(super) async fn each<R>(
         &self,
-        run: impl AsyncFn(&str, &Client, (&SyncRequest, &Registries), &CancellationToken) -> Option<R>,
+        run: impl AsyncFn(&str, &Client, (&SyncRequest, &Registries), &CancellationToken) -> Result<R, Failure>,
     ) -> Result<Vec<Outcome<R>>, Failure> {
         let cancel = signals();
         let client = Client::new(ClientOptions::default());
@@ -81,8 +81,7 @@ impl Mirrors {
         let mut outcomes = Vec::new();
         for mirror in &self.validated {
             let (request, registries) = self.request(mirror, &client, &cancel).await?;
-            let report =
-                run(&mirror.name, &client, (&request, &registries), &cancel).await.ok_or(Failure::Interrupted)?;
+            let report = run(&mirror.name, &client, (&request, &registries), &cancel).await?;
             outcomes.push(Outcome::new(mirror, report));
         }
         Ok(outcomes)
@@ -100,7 +99,8 @@ impl Mirrors {
         let prepared = if from_files { self.documents.prepare(mirror) } else { with_docker_configuration(mirror)? };
         let Prepared { request, selections, mut registries, .. } = prepared;
         self.layouts.replace(&mut registries);
-        let request = choose(client, request, &selections, &registries, cancel).await.ok_or(Failure::Interrupted)?;
+        let request = choose(client, request, &selections, &registries, cancel).await;
+        let request = request.ok_or_else(|| Failure::Interrupted(format!("{} was not begun", mirror.name)))?;
         Ok((request, registries))
     }
 }

@@ -86,22 +86,30 @@ enum Failure {
     /// A plan has something to do.
     #[error("there is something to do")]
     Work,
-    /// Ctrl-C.
-    #[error("interrupted; what was begun at the target has been given up")]
-    Interrupted,
+    /// Ctrl-C, with what that leaves.
+    #[error("interrupted; {0}")]
+    Interrupted(String),
     /// Ctrl-C while something goes on elsewhere.
-    #[error("interrupted; the sync goes on in the cluster")]
-    StoppedWaiting,
+    #[error("interrupted; the operator goes on with the sync; {0}")]
+    StoppedWaiting(String),
 }
 
+/// The exit code after Ctrl-C, as shells have it.
+const INTERRUPTED: u8 = 130;
+
 impl Failure {
+    /// Interrupted while nothing was being written.
+    fn nothing_changed() -> Self {
+        Self::Interrupted("nothing was changed".into())
+    }
+
     fn code(&self) -> u8 {
         match self {
             Self::Failed(_) | Self::Reported => 1,
             Self::Usage(_) => 2,
             Self::Drift => 3,
             Self::Work => 4,
-            Self::Interrupted | Self::StoppedWaiting => 130,
+            Self::Interrupted(_) | Self::StoppedWaiting(_) => INTERRUPTED,
         }
     }
 }
@@ -218,7 +226,8 @@ fn runtime() -> Result<tokio::runtime::Runtime, Failure> {
     })
 }
 
-/// A token that SIGINT and SIGTERM cancel.
+/// A token that SIGINT and SIGTERM cancel. The second of them ends the program at once: what is being given up at a registry
+/// then is left to it.
 fn signals() -> tokio_util::sync::CancellationToken {
     let token = tokio_util::sync::CancellationToken::new();
     let cancelled = token.clone();
@@ -228,11 +237,16 @@ fn signals() -> tokio_util::sync::CancellationToken {
         else {
             return;
         };
-        tokio::select! {
-            _ = interrupt.recv() => {}
-            _ = terminate.recv() => {}
+        for is_first in [true, false] {
+            tokio::select! {
+                _ = interrupt.recv() => {}
+                _ = terminate.recv() => {}
+            }
+            if !is_first {
+                std::process::exit(INTERRUPTED.into());
+            }
+            cancelled.cancel();
         }
-        cancelled.cancel();
     });
     token
 }

@@ -18,8 +18,9 @@ pub(super) fn run(arguments: &MirrorArguments) -> Result<(), Failure> {
 }
 
 async fn plan_all(mirrors: &Mirrors, output: Output) -> Result<(), Failure> {
-    let outcomes = mirrors
-        .each(async |_, client, (request, registries), cancel| preview(client, request, registries, cancel).await);
+    let outcomes = mirrors.each(async |_, client, (request, registries), cancel| {
+        preview(client, request, registries, cancel).await.ok_or_else(Failure::nothing_changed)
+    });
     report(&outcomes.await?, output)
 }
 

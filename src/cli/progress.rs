@@ -54,7 +54,6 @@ pub(super) struct Screen {
     output: Output,
     /// What became of an image, in a line.
     line: fn(&ImageReport) -> String,
-    since: Instant,
 }
 
 enum How {
@@ -89,7 +88,7 @@ impl Screen {
             Style::Auto | Style::Plain => How::Lines,
             Style::None => How::Silent,
         };
-        Self { name: name.to_owned(), progress: Arc::default(), how, output, line, since: Instant::now() }
+        Self { name: name.to_owned(), progress: Arc::default(), how, output, line }
     }
 
     /// Shows how far `sync` is until it ends.
@@ -113,17 +112,7 @@ impl Screen {
                     bars.draw(&self.progress.snapshot());
                 }
             }
-            How::Lines => {
-                let mut next = self.since + FIRST_LINE;
-                loop {
-                    sleep_until(next).await;
-                    next += BETWEEN_LINES;
-                    let snapshot = self.progress.snapshot();
-                    if snapshot.bytes_done < snapshot.bytes_total {
-                        eprintln!("{}: {}", self.name, in_words(&snapshot, self.since.elapsed()));
-                    }
-                }
-            }
+            How::Lines => lines(|| self.progress.snapshot(), |line| eprintln!("{}: {line}", self.name)).await,
             How::Silent => std::future::pending().await,
         }
     }
@@ -209,6 +198,20 @@ impl Bars {
     }
 }
 
+/// Writes a line after a little while, and then now and then, while there is something to copy.
+async fn lines(look: impl Fn() -> ProgressSnapshot, mut write: impl FnMut(String)) -> Infallible {
+    let since = Instant::now();
+    let mut next = since + FIRST_LINE;
+    loop {
+        sleep_until(next).await;
+        next += BETWEEN_LINES;
+        let snapshot = look();
+        if snapshot.bytes_done < snapshot.bytes_total {
+            write(in_words(&snapshot, since.elapsed()));
+        }
+    }
+}
+
 /// How far a run is, how fast, and how long it will take if what is known by now is all.
 fn in_words(progress: &ProgressSnapshot, after: Duration) -> String {
     let ProgressSnapshot { bytes_done, bytes_total, images_done, images_total } = *progress;
@@ -242,6 +245,23 @@ mod tests {
         assert_eq!(said, "1 of 3 images, 20.0 MB of 50.0 MB, 10.0 MB/s, 3s left");
         let said = in_words(&ProgressSnapshot { bytes_done: 0, ..snapshot }, Duration::from_secs(2));
         assert_eq!(said, "1 of 3 images, 0 B of 50.0 MB, 0 B/s, ? left");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_line_comes_after_two_seconds_and_then_every_ten_while_there_is_something_to_copy() {
+        let until = |end: u64| move |now: u64| now < end;
+        for (copies, expected) in [(until(100), vec![2, 12, 22, 32]), (until(20), vec![2, 12]), (until(0), vec![])] {
+            let begun = Instant::now();
+            let look = || ProgressSnapshot {
+                bytes_done: u64::from(!copies(begun.elapsed().as_secs())),
+                bytes_total: 1,
+                ..ProgressSnapshot::default()
+            };
+            let mut written = Vec::new();
+            let all = lines(look, |_| written.push(begun.elapsed().as_secs()));
+            assert!(tokio::time::timeout(Duration::from_secs(33), all).await.is_err());
+            assert_eq!(written, expected);
+        }
     }
 
     #[test]

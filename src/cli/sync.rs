@@ -12,7 +12,7 @@ use super::{
     runtime, say,
 };
 use crate::{
-    copy::Fence,
+    copy::{Fence, ProgressSnapshot},
     plan::Action,
     sync::{ImageReport, SyncReport, sync_watched},
 };
@@ -36,11 +36,11 @@ async fn sync_all(mirrors: &Mirrors, output: Output, style: Style) -> Result<(),
         let screen = Screen::new(name, style, output, line);
         let progress = Arc::clone(&screen.progress);
         let sync = sync_watched(client, request, registries, Fence::Open, progress, &screen, cancel);
-        let report = screen.follow(sync).await?;
+        let report = screen.follow(sync).await.ok_or_else(|| interrupted(name, &screen.progress.snapshot()))?;
         if matches!(output, Output::Text) {
             say(&format!("{name}: {}\n", summary(&report)));
         }
-        Some(report)
+        Ok(report)
     });
     let outcomes = outcomes.await?;
     if matches!(output, Output::Json) {
@@ -52,6 +52,13 @@ async fn sync_all(mirrors: &Mirrors, output: Output, style: Style) -> Result<(),
         () if any(|report| report.left().next().is_some()) => Err(Failure::Drift),
         () => Ok(()),
     }
+}
+
+/// What an interrupted sync leaves, and how to go on.
+fn interrupted(name: &str, progress: &ProgressSnapshot) -> Failure {
+    let ProgressSnapshot { images_done, images_total, .. } = *progress;
+    let left = "no tag of the others was written, and their uploads have been given up; sync again to go on";
+    Failure::Interrupted(format!("{name}: {images_done} of {images_total} images are finished; {left}"))
 }
 
 fn summary(report: &SyncReport) -> String {

@@ -37,7 +37,7 @@ const fn program(name: &'static str, package: &'static str) -> Program {
     Program { name, package, built_as: name }
 }
 
-const MODULES: [Module; 5] = [
+const MODULES: [Module; 6] = [
     Module {
         name: "registries",
         programs: &[
@@ -84,6 +84,12 @@ const MODULES: [Module; 5] = [
         ldflags: "-s -w",
         takes: "1 minute",
     },
+    Module {
+        name: GITOPS,
+        programs: &[program("gitops", "imagemirror.dev/testenv/gitops")],
+        ldflags: "-s -w",
+        takes: "1 minute",
+    },
 ];
 
 /// What a node needs beside the control plane.
@@ -103,6 +109,8 @@ const KUBERNETES_LDFLAGS: &str = "-s -w -X k8s.io/component-base/version.gitVers
 
 /// What the tests of the chart alone need.
 const CHART: &str = "chart";
+/// What the tests with Argo CD's and Flux's libraries alone need.
+const GITOPS: &str = "gitops";
 
 /// A directory that holds every program under its usual name.
 #[derive(Clone, Debug)]
@@ -119,7 +127,12 @@ impl Tools {
 
 /// Finds or builds every program and makes a directory of links to them in the cache.
 pub async fn find_all() -> Result<Tools> {
-    find_modules(MODULES.iter().filter(|module| module.name != CHART).collect()).await
+    find_modules(MODULES.iter().filter(|module| ![CHART, GITOPS].contains(&module.name)).collect()).await
+}
+
+/// `gitops`, which runs scripts as Argo CD does and waits as Flux does.
+pub async fn find_gitops() -> Result<Tools> {
+    find_modules(MODULES.iter().filter(|module| module.name == GITOPS).collect()).await
 }
 
 /// The same with the programs of a node.
@@ -251,8 +264,12 @@ fn cache_of(module: &Module) -> Result<PathBuf> {
         hash.update(std::fs::read(go.join(file)).with_context(|| format!("read {file} of {}", go.display()))?);
     }
     // A program of our own.
-    if let Ok(main) = std::fs::read(go.join("main.go")) {
-        hash.update(main);
+    let files = std::fs::read_dir(&go)?.map(|entry| Ok(entry?.path())).collect::<Result<Vec<_>>>()?;
+    let is_ours = |path: &PathBuf| path.extension().is_some_and(|is| is == "go") && !path.ends_with("tools.go");
+    let mut ours: Vec<PathBuf> = files.into_iter().filter(is_ours).collect();
+    ours.sort();
+    for file in ours {
+        hash.update(std::fs::read(file)?);
     }
     Ok(cache()?.join(&crate::images::hex(&hash.finalize())[..16]))
 }

@@ -199,17 +199,36 @@ async fn a_change_of_the_configuration_makes_new_pods_but_for_the_log_level() ->
 }
 
 #[tokio::test]
-async fn the_kustomize_base_builds_and_the_api_server_takes_it() -> Result<()> {
+async fn the_kustomize_base_and_its_overlay_build_and_the_api_server_takes_them() -> Result<()> {
     let place = Place::new("kustomize").await?;
-    let base = format!("{ROOT}/config/default");
-    let objects = kubectl(place.env, &["kustomize", &base])?;
-    // Its namespace does not exist here: what is in it is checked in the test's own.
-    let objects = objects.replace("imagemirror-system", &place.namespace);
-    let mut documents: Vec<Value> = serde_saphyr::from_multiple(&objects)?;
-    documents.retain(|object| object["kind"] != "Namespace");
-    ensure!(documents.len() >= 6, "only {} objects", documents.len());
-    let text: Vec<String> = documents.iter().map(ToString::to_string).collect();
-    apply_dry(&place, &text.join("\n---\n"))?;
+    let mut built = Vec::new();
+    for dir in ["default", "overlays/example"] {
+        let mut objects = kubectl(place.env, &["kustomize", &format!("{ROOT}/config/{dir}")])?;
+        // Their namespaces do not exist here: what is in them is checked in others, in which nothing has its name.
+        for (namespace, other) in
+            [("imagemirror-system", &*place.namespace), ("team-a", "default"), ("team-b", "default")]
+        {
+            objects = objects.replace(&format!("namespace: {namespace}\n"), &format!("namespace: {other}\n"));
+        }
+        let mut documents: Vec<Value> = serde_saphyr::from_multiple(&objects)?;
+        documents.retain(|object| object["kind"] != "Namespace");
+        ensure!(documents.len() >= 6, "only {} objects", documents.len());
+        let text: Vec<String> = documents.iter().map(ToString::to_string).collect();
+        apply_clean(&place, &text.join("\n---\n")).with_context(|| dir.to_owned())?;
+        let config = documents.iter().find_map(|object| object["data"]["operator.yaml"].as_str()).context("none")?;
+        let watched = imagemirror::config::Config::parse(config, Path::new(dir))?.watch_namespaces;
+        let count = |kind: &str| documents.iter().filter(|object| object["kind"] == kind).count();
+        let image = documents.iter().find(|object| object["kind"] == "Deployment").context("no Deployment")?;
+        let image = image["spec"]["template"]["spec"]["containers"][0]["image"].clone();
+        built.push((watched.len(), count("ClusterRoleBinding"), count("RoleBinding"), image));
+    }
+    // The one for its Lease, and one for each namespace.
+    let version = env!("CARGO_PKG_VERSION");
+    let expected = [
+        (0, 1, 1, format!("imagemirror:{version}").into()),
+        (2, 0, 3, format!("registry.example.com/imagemirror:{version}").into()),
+    ];
+    ensure!(built == expected, "{built:?}");
     Ok(())
 }
 
@@ -217,10 +236,12 @@ async fn the_kustomize_base_builds_and_the_api_server_takes_it() -> Result<()> {
 /// `ImageMirror`s there are in all of it, however they are shown.
 fn shown() -> Result<(Vec<(PathBuf, String)>, usize)> {
     let (mut shown, mut objects) = (Vec::new(), 0);
-    for dir in [".", "docs", "charts/imagemirror", "config/samples"] {
+    for dir in
+        [".", "docs", "docs/guides", "charts/imagemirror", "config/samples", "gitops/flux/images", "gitops/renovate"]
+    {
         for entry in fs::read_dir(Path::new(ROOT).join(dir))? {
             let path = entry?.path();
-            let is_sample = dir == "config/samples";
+            let is_sample = path.extension().is_some_and(|extension| extension == "yaml") && dir.contains('/');
             if !is_sample && path.extension().is_none_or(|extension| extension != "md") {
                 continue;
             }

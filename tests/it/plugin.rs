@@ -16,21 +16,21 @@ use crate::{
 };
 
 /// kubectl with the plugin, for the user of a kubeconfig.
-struct Plugin<'a> {
+pub(crate) struct Plugin<'a> {
     place: &'a Place,
     programs: PathBuf,
     kubeconfig: PathBuf,
 }
 
 impl<'a> Plugin<'a> {
-    fn new(place: &'a Place) -> Result<Self> {
+    pub(crate) fn new(place: &'a Place) -> Result<Self> {
         let programs = place.env.run_dir.join(format!("{}-programs", place.namespace));
         std::fs::create_dir(&programs)?;
         std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_imagemirror"), programs.join("kubectl-imagemirror"))?;
         Ok(Self { place, programs, kubeconfig: place.env.kubeconfig.clone() })
     }
 
-    fn command(&self, arguments: &str) -> Command {
+    pub(crate) fn command(&self, arguments: &str) -> Command {
         let mut command = Command::new(self.place.env.tools.join("kubectl"));
         command.arg("imagemirror").args(arguments.split(' '));
         command.env("PATH", &self.programs).env("KUBECONFIG", &self.kubeconfig);

@@ -31,6 +31,7 @@ struct Seen {
     name: String,
     version: String,
     generation: i64,
+    spec: Value,
     status: Value,
     /// The operator has written the status, and not only a test.
     is_ours: bool,
@@ -67,6 +68,19 @@ impl Watch {
             seen.iter().filter(|seen| seen.name == name).map(|seen| seen.status.clone()).collect();
         statuses.dedup();
         statuses
+    }
+
+    /// An object as it was after each write, without most of its metadata.
+    pub(crate) fn objects(&self, name: &str) -> Vec<Value> {
+        let seen = lock(&self.seen);
+        let object = |seen: &Seen| {
+            json!({
+                "apiVersion": "imagemirror.dev/v1alpha1", "kind": "ImageMirror",
+                "metadata": {"name": seen.name, "generation": seen.generation},
+                "spec": seen.spec, "status": seen.status,
+            })
+        };
+        seen.iter().filter(|seen| seen.name == name).map(object).collect()
     }
 
     /// What was wrong with the statuses that were written until now.
@@ -134,6 +148,7 @@ impl Seen {
             name: object.name_any(),
             version,
             generation: object.metadata.generation.unwrap_or_default(),
+            spec: object.data["spec"].clone(),
             status: object.data["status"].clone(),
             is_ours: object.managed_fields().iter().find(is_operators).is_some(),
         }
@@ -275,7 +290,7 @@ mod tests {
 
     fn seen(status: &Value) -> Seen {
         let (uid, name, version) = ("u".to_owned(), "m".to_owned(), "1".to_owned());
-        Seen { uid, name, version, generation: 2, status: status.clone(), is_ours: true }
+        Seen { uid, name, version, generation: 2, spec: Value::Null, status: status.clone(), is_ours: true }
     }
 
     #[test]

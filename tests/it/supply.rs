@@ -80,6 +80,72 @@ fn the_lock_file_holds_only_what_has_a_checksum() -> Result<()> {
     Ok(())
 }
 
+/// A step of release.yml that a shell runs.
+fn script(job: &str, step: &str) -> Result<String> {
+    let workflow: Value = serde_saphyr::from_str(&read(".github/workflows/release.yml")?)?;
+    let steps = workflow["jobs"][job]["steps"].as_array().context("no steps")?;
+    let found = steps.iter().find(|it| it["name"] == step).and_then(|it| it["run"].as_str());
+    Ok(found.with_context(|| format!("no step {step:?}"))?.to_owned())
+}
+
+/// The release is packed by the workflow's own script, and its archive installed as krew does it.
+#[test]
+fn krew_installs_the_plugin_from_the_archive_of_a_release() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let host = run(Command::new("rustc").arg("-vV"), None)?;
+    let host = host.lines().find_map(|line| line.strip_prefix("host: ")).context("no host")?;
+    let built = dir.path().join("target").join(host).join("release");
+    for made in [&built, &dir.path().join("target/sbom"), &dir.path().join("crds")] {
+        fs::create_dir_all(made)?;
+    }
+    std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_imagemirror"), built.join("imagemirror"))?;
+    fs::write(dir.path().join("target/sbom/imagemirror.cdx.json"), "{}")?;
+    for file in ["LICENSE", "crds/imagemirrors.imagemirror.dev.yaml"] {
+        fs::copy(Path::new(ROOT).join(file), dir.path().join(file))?;
+    }
+    let pack = script("build", "Try, pack")?;
+    for arch in ["amd64", "arm64"] {
+        let mut bash = Command::new("bash");
+        bash.args(["-euo", "pipefail", "-c", &pack]).current_dir(dir.path());
+        run(bash.env("VERSION", "1.2.3").env("ARCH", arch), None)?;
+    }
+    ensure!(script("release", "Checksums, the release")?.contains("hack/krew "), "no manifest is released");
+    let mut krew = Command::new(Path::new(ROOT).join("hack/krew"));
+    let manifest = run(krew.args(["1.2.3", "https://git.example.com/a/b"]).arg(dir.path().join("dist")), None)?;
+    let manifest: Value = serde_saphyr::from_str(&manifest)?;
+    let spec = &manifest["spec"];
+    ensure!(manifest["apiVersion"] == "krew.googlecontainertools.github.com/v1alpha2" && manifest["kind"] == "Plugin");
+    ensure!(manifest["metadata"]["name"] == "imagemirror" && spec["version"] == "v1.2.3", "{manifest}");
+    // krew's index takes no longer ones.
+    ensure!(spec["shortDescription"].as_str().is_some_and(|it| (1..=50).contains(&it.len())), "{spec}");
+    ensure!(spec["description"].is_string() && spec["homepage"] == "https://git.example.com/a/b", "{spec}");
+    let platforms = spec["platforms"].as_array().context("no platforms")?;
+    for (platform, arch) in platforms.iter().zip(["amd64", "arm64"]) {
+        ensure!(platform["selector"]["matchLabels"] == serde_json::json!({"os": "linux", "arch": arch}), "{platform}");
+        let uri = platform["uri"].as_str().context("no URI")?;
+        let name = uri.strip_prefix("https://git.example.com/a/b/releases/download/v1.2.3/").context("elsewhere")?;
+        let archive = dir.path().join("dist").join(name);
+        let sum = run(Command::new("sha256sum").arg(&archive), None)?;
+        ensure!(platform["sha256"] == sum.split(' ').next().unwrap_or_default(), "{platform}");
+        let (unpacked, installed) = (dir.path().join(format!("u-{arch}")), dir.path().join(format!("i-{arch}")));
+        fs::create_dir_all(&unpacked)?;
+        fs::create_dir_all(&installed)?;
+        run(Command::new("tar").arg("-xzf").arg(&archive).arg("-C").arg(&unpacked), None)?;
+        for file in platform["files"].as_array().context("no files")? {
+            let (from, to) = (file["from"].as_str().context("from")?, file["to"].as_str().context("to")?);
+            let to = if to == "." { from } else { to };
+            fs::rename(unpacked.join(from), installed.join(to)).with_context(|| format!("{name} has no {from}"))?;
+        }
+        ensure!(fs::read_to_string(installed.join("LICENSE"))? == read("LICENSE")?);
+        let program = installed.join(platform["bin"].as_str().context("no program")?);
+        // By its name it knows what it is.
+        let said = run(Command::new(program).arg("--version"), None)?;
+        ensure!(said.starts_with("kubectl-imagemirror "), "{said}");
+    }
+    ensure!(platforms.len() == 2, "{spec}");
+    Ok(())
+}
+
 /// Whether there is a test of this name, as the threat model writes names.
 fn is_test(name: &str, rows: &[String]) -> Result<bool> {
     let (file, test) = name.split_once("::").with_context(|| name.to_owned())?;

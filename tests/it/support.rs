@@ -436,8 +436,9 @@ async fn install_crd(env: &Env) -> Result<()> {
     let install = || async {
         let file = concat!(env!("CARGO_MANIFEST_DIR"), "/crds/imagemirrors.imagemirror.dev.yaml");
         kubectl(env, &["apply", "--server-side", "-f", file])?;
-        kubectl(env, &["wait", "--for=condition=Established", "crd/imagemirrors.imagemirror.dev", "--timeout=30s"])?;
-        Ok::<_, anyhow::Error>(())
+        // kubectl fails as long as the new CRD has no conditions at all.
+        let wait = ["wait", "--for=condition=Established", "crd/imagemirrors.imagemirror.dev", "--timeout=30s"];
+        eventually("the CRD to be established", || async { Ok(kubectl(env, &wait).is_ok()) }).await
     };
     INSTALLED.get_or_try_init(install).await.map(|&()| ())
 }

@@ -6,9 +6,10 @@ use std::{
     os::fd::OwnedFd,
     process::{Child, Command, Stdio},
     sync::{Arc, Mutex, PoisonError},
+    thread::JoinHandle,
 };
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 use nix::pty::{Winsize, openpty};
 use regex::Regex;
 use testenv::{
@@ -23,13 +24,15 @@ use crate::{
 };
 
 /// A program and the screen that it writes to.
-struct Terminal {
+pub(crate) struct Terminal {
     child: Child,
     seen: Arc<Mutex<(vt100::Parser, Vec<u8>)>>,
+    /// Ends when nobody can write any more.
+    reader: Option<JoinHandle<()>>,
 }
 
 impl Terminal {
-    fn start(command: &mut Command, rows: u16, columns: u16) -> Result<Self> {
+    pub(crate) fn start(command: &mut Command, rows: u16, columns: u16) -> Result<Self> {
         let size = Winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
         let pty = openpty(Some(&size), None)?;
         let end = |fd: &OwnedFd| fd.try_clone().map(Stdio::from);
@@ -41,7 +44,7 @@ impl Terminal {
         let seen = Arc::new(Mutex::new((vt100::Parser::new(rows.try_into()?, columns.try_into()?, 0), Vec::new())));
         let (mut master, written) = (File::from(pty.master), Arc::clone(&seen));
         // Ends with the program: then reading fails.
-        std::thread::spawn(move || {
+        let reader = std::thread::spawn(move || {
             let mut buffer = [0; 4096];
             while let Ok(count @ 1..) = master.read(&mut buffer) {
                 let mut written = written.lock().unwrap_or_else(PoisonError::into_inner);
@@ -49,27 +52,36 @@ impl Terminal {
                 written.1.extend(&buffer[..count]);
             }
         });
-        Ok(Self { child, seen })
+        Ok(Self { child, seen, reader: Some(reader) })
     }
 
-    fn screen(&self) -> String {
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    pub(crate) fn has_cursor(&self) -> bool {
+        !self.seen.lock().unwrap_or_else(PoisonError::into_inner).0.screen().hide_cursor()
+    }
+
+    pub(crate) fn screen(&self) -> String {
         let seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
         let screen = seen.0.screen();
         let rows = screen.rows(0, screen.size().1.get()).map(|row| row.trim_end().to_owned());
         rows.collect::<Vec<_>>().join("\n").trim_end().to_owned()
     }
 
-    fn written(&self) -> String {
+    pub(crate) fn written(&self) -> String {
         String::from_utf8_lossy(&self.seen.lock().unwrap_or_else(PoisonError::into_inner).1).into_owned()
     }
 
-    async fn shows(&self, what: &str, is_so: impl Fn(&str) -> bool) -> Result<String> {
+    pub(crate) async fn shows(&self, what: &str, is_so: impl Fn(&str) -> bool) -> Result<String> {
         let waited = eventually(what, || async { Ok(is_so(&self.screen())) }).await;
         waited.map_err(|error| error.context(self.screen()))?;
         Ok(self.screen())
     }
 
-    async fn ends(&mut self) -> Result<Option<i32>> {
+    /// Waits until the program has ended and all that it wrote has been read.
+    pub(crate) async fn ends(&mut self) -> Result<Option<i32>> {
         let child = Mutex::new(&mut self.child);
         let mut code = None;
         eventually("the end of the program", || {
@@ -81,6 +93,9 @@ impl Terminal {
             async move { Ok(is_over) }
         })
         .await?;
+        if self.reader.take().is_some_and(|reader| reader.join().is_err()) {
+            bail!("what is written to the terminal cannot be read");
+        }
         Ok(code)
     }
 }
@@ -92,7 +107,7 @@ impl Drop for Terminal {
     }
 }
 
-fn sync(place: &Place, file: &str) -> Command {
+pub(crate) fn sync(place: &Place, file: &str) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_imagemirror"));
     command.args(["sync", "-f", file]).current_dir(&place.env.run_dir).env_remove("NO_COLOR");
     command

@@ -31,7 +31,7 @@ pub(super) async fn run(cluster: &Cluster, arguments: &Arguments) -> Result<(), 
     let prepared = prepare(&mirror, &secrets, |_| Transport::default(), &last);
     let (client, registries) = (Client::new(ClientOptions::default()), prepared.registries);
     let request = choose(&client, prepared.request, &prepared.selections, &registries, &cancel).await;
-    let request = request.ok_or(Failure::Interrupted)?;
-    let report = preview(&client, &request, &registries, &cancel).await.ok_or(Failure::Interrupted)?;
+    let request = request.ok_or_else(Failure::nothing_changed)?;
+    let report = preview(&client, &request, &registries, &cancel).await.ok_or_else(Failure::nothing_changed)?;
     plan::report(&[Outcome::new(&mirror, report)], arguments.output)
 }

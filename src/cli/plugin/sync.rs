@@ -68,7 +68,10 @@ pub(super) async fn run(cluster: &Cluster, arguments: &Arguments) -> Result<(), 
             let hint = format!("it goes on; `kubectl imagemirror status -n {} {name}` shows how far it is", cluster.namespace);
             Err(Failure::Failed(format!("{place}: the sync has not ended in time; {hint}")))
         }
-        () = cancel.cancelled() => Err(Failure::StoppedWaiting),
+        () = cancel.cancelled() => {
+            let hint = format!("`kubectl imagemirror status -n {} {name}` shows how far it is", cluster.namespace);
+            Err(Failure::StoppedWaiting(hint))
+        }
     }
 }
 

@@ -19,6 +19,7 @@ VERSION = $(shell sed -n 's/^version = "\(.*\)"$$/\1/p' Cargo.toml | head -n 1)
 
 CARGO_DENY = 0.20.2
 CARGO_CYCLONEDX = 0.5.9
+MDBOOK = 0.5.4
 
 # What libFuzzer needs to see which code an input reaches; none of it needs a nightly compiler.
 COVERAGE = -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
@@ -162,6 +163,12 @@ sbom: ## Write target/sbom/imagemirror.cdx.json, which names all that is in the 
 	cargo cyclonedx --version 2>/dev/null | grep -qx 'cargo-cyclonedx-cyclonedx $(CARGO_CYCLONEDX)' \
 	  || cargo install --locked cargo-cyclonedx --version $(CARGO_CYCLONEDX)
 	hack/sbom $(TRIPLE) $(TARGET_DIR)/sbom
+
+.PHONY: docs
+docs: ## Make the book of the documentation, target/book; a link in it that leads nowhere is an error
+	mdbook --version 2>/dev/null | grep -qx 'mdbook v$(MDBOOK)' \
+	  || cargo install --locked mdbook --version $(MDBOOK) --no-default-features --features search
+	hack/book mdbook $(TARGET_DIR)
 
 .PHONY: tools
 tools: ## Build the programs of the test environment and print where they are

@@ -15,6 +15,7 @@ mod chart;
 mod compatibility;
 mod credentials;
 mod direct;
+mod docs;
 mod economy;
 mod engine;
 mod faults;

@@ -45,6 +45,7 @@ mod terminal;
 #[cfg(feature = "otel")]
 mod traces;
 mod turns;
+mod tutorial;
 mod uploads;
 mod waiting;
 mod walls;

@@ -217,19 +217,17 @@ async fn the_kustomize_base_builds_and_the_api_server_takes_it() -> Result<()> {
 /// `ImageMirror`s there are in all of it, however they are shown.
 fn shown() -> Result<(Vec<(PathBuf, String)>, usize)> {
     let (mut shown, mut objects) = (Vec::new(), 0);
-    for dir in [".", "docs", "charts/imagemirror", "config/samples"] {
-        for entry in fs::read_dir(Path::new(ROOT).join(dir))? {
-            let path = entry?.path();
-            let is_sample = dir == "config/samples";
-            if !is_sample && path.extension().is_none_or(|extension| extension != "md") {
-                continue;
-            }
-            let text = fs::read_to_string(&path)?;
-            objects += text.lines().filter(|line| line.trim() == "kind: ImageMirror").count();
-            let blocks = text.split("```yaml\n").skip(1).filter_map(|rest| Some(rest.split_once("\n```")?.0));
-            let blocks = if is_sample { vec![text.as_str()] } else { blocks.collect() };
-            shown.extend(blocks.into_iter().map(|block| (path.clone(), block.to_owned())));
-        }
+    let samples = fs::read_dir(Path::new(ROOT).join("config/samples"))?.map(|entry| {
+        let path = entry?.path();
+        Ok((path.clone(), fs::read_to_string(path)?))
+    });
+    let samples: Vec<_> = samples.collect::<Result<_>>()?;
+    for (path, text) in crate::docs::pages()?.into_iter().chain(samples) {
+        objects += text.lines().filter(|line| line.trim() == "kind: ImageMirror").count();
+        let blocks = text.split("```yaml\n").skip(1).filter_map(|rest| Some(rest.split_once("\n```")?.0));
+        let is_page = path.extension().is_some_and(|extension| extension == "md");
+        let blocks = if is_page { blocks.collect() } else { vec![text.as_str()] };
+        shown.extend(blocks.into_iter().map(|block| (path.clone(), block.to_owned())));
     }
     Ok((shown, objects))
 }

@@ -57,9 +57,9 @@ soak: ## Run the operator with its own timing for SOAK_MINUTES=30, with faults t
 	$(TARGET_DIR)/debug/testenv up -- cargo test --locked --test it -- --ignored --nocapture soak
 
 .PHONY: golden
-golden: ## Write tests/golden from what the tests see now
+golden: ## Write tests/golden, docs/cli.md and docs/reference/metrics.md from what the tests see now
 	$(BUILD)
-	UPDATE_GOLDEN=1 $(TARGET_DIR)/debug/testenv up -- cargo test --locked --test it golden
+	UPDATE_GOLDEN=1 $(TARGET_DIR)/debug/testenv up -- cargo test --locked --test it -- golden every_metric
 
 # ROUNDS is how often each run is made, 5 by default. BENCH_PEERS names further peers as NAME=PROGRAM. WORKLOADS (W1, W2,
 # W1-far, W2-far) and CLIENTS measure a part of the whole, and write no file. DEADLINE is that of one run, in seconds.
@@ -108,12 +108,13 @@ reproducible: image ## Build the image again elsewhere, and fail if it is anothe
 	hack/reproducible $(BINARY) $(TARGET_DIR)/image $(TARGET_DIR)/reproducible
 
 .PHONY: generate
-generate: ## Write the CRD from the Rust types, for crds/ and for the chart; the chart's README and schema from its values
+generate: ## Write the CRD and its reference from the Rust types; the chart's README and schema from its values
 	mkdir -p $(dir $(CHART_CRD)) $(TARGET_DIR)
 	cargo run --quiet --locked --bin imagemirror -- crd > $(TARGET_DIR)/crd.yaml
 	cp $(TARGET_DIR)/crd.yaml $(CRD)
 	cp $(TARGET_DIR)/crd.yaml $(CHART_CRD)
 	cargo run --quiet --locked -p testenv -- chart charts/imagemirror
+	UPDATE_GOLDEN=1 cargo test --quiet --workspace --locked --test it -- reference_of_the_api >/dev/null
 
 .PHONY: check-generated
 check-generated: ## Fail, with a diff, when something generated or kept twice differs
@@ -122,6 +123,8 @@ check-generated: ## Fail, with a diff, when something generated or kept twice di
 	@diff -u $(CRD) $(TARGET_DIR)/crd.yaml || { echo '$(CRD) is not current: run `make generate`' >&2; exit 1; }
 	@diff -u $(CHART_CRD) $(TARGET_DIR)/crd.yaml || { echo '$(CHART_CRD) is not current: run `make generate`' >&2; exit 1; }
 	@$(TARGET_DIR)/debug/testenv chart --check charts/imagemirror
+	@cargo test --quiet --workspace --locked --test it -- the_reference_ >$(TARGET_DIR)/reference.out 2>&1 \
+	  || { cat $(TARGET_DIR)/reference.out; echo 'docs/reference or docs/cli.md is not current: run `make generate golden`' >&2; exit 1; }
 	@diff -u --label config/rbac/clusterrole.yaml --label charts/imagemirror/templates/_helpers.tpl \
 	  <(sed -n '/^rules:/,/^---/p' config/rbac/clusterrole.yaml | sed '1d;$$d') \
 	  <(sed -n '/define "imagemirror.mirrorRules"/,/end -}}/p' charts/imagemirror/templates/_helpers.tpl | sed '1d;$$d') \

@@ -8,7 +8,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
-use imagemirror::api::v1alpha1::LastSync;
+use imagemirror::api::v1alpha1::{LastSync, Summary};
 use serde_json::{Value, json};
 use testenv::{
     Image, Proxy, RegistryOptions, RegistryServer,
@@ -92,7 +92,7 @@ impl Scrape {
     fn described(&self) -> Result<String> {
         let mut rows = String::new();
         for (name, (kind, labels)) in self.table() {
-            let help = &self.helps[name.trim_end_matches(suffix(&kind))];
+            let help = self.helps[name.trim_end_matches(suffix(&kind))].trim_end_matches('.');
             let labels: Vec<_> = labels.iter().map(|label| format!("`{label}`")).collect();
             writeln!(rows, "| `{name}` | {kind} | {} | {help} |", labels.join(", "))?;
         }
@@ -334,7 +334,10 @@ async fn every_metric_says_what_the_registries_have_seen() -> Result<()> {
 /// Without an operator, so that `make check-generated` sees it. Labels are known of what has been counted alone.
 #[test]
 fn the_reference_of_metrics_is_current() -> Result<()> {
-    let (_metrics, registry) = imagemirror::telemetry::metrics::Metrics::new(&std::sync::Arc::default());
+    let (metrics, registry) = imagemirror::telemetry::metrics::Metrics::new(&std::sync::Arc::default());
+    metrics.observe_status("namespace", "name", &Summary::default(), &[]);
+    metrics.observe_success("namespace", "name", jiff::Timestamp::UNIX_EPOCH);
+    metrics.reconcile_error("Forbidden");
     let mut text = String::new();
     prometheus_client::encoding::text::encode(&mut text, &registry)?;
     let scrape = Scrape::parse(&text)?;

@@ -11,6 +11,7 @@ use serde_json::Value;
 
 use crate::{
     chart::installations,
+    docs::{blocks, pages},
     support::{Place, kubectl, rendered_chart, run},
 };
 
@@ -222,12 +223,12 @@ fn shown() -> Result<(Vec<(PathBuf, String)>, usize)> {
         Ok((path.clone(), fs::read_to_string(path)?))
     });
     let samples: Vec<_> = samples.collect::<Result<_>>()?;
-    for (path, text) in crate::docs::pages()?.into_iter().chain(samples) {
+    for (path, text) in pages()?.into_iter().chain(samples) {
         objects += text.lines().filter(|line| line.trim() == "kind: ImageMirror").count();
-        let blocks = text.split("```yaml\n").skip(1).filter_map(|rest| Some(rest.split_once("\n```")?.0));
         let is_page = path.extension().is_some_and(|extension| extension == "md");
-        let blocks = if is_page { blocks.collect() } else { vec![text.as_str()] };
-        shown.extend(blocks.into_iter().map(|block| (path.clone(), block.to_owned())));
+        let blocks = if is_page { blocks(&text) } else { vec![("yaml".to_owned(), text)] };
+        let blocks = blocks.into_iter().filter(|(language, _)| language == "yaml");
+        shown.extend(blocks.map(|(_, block)| (path.clone(), block)));
     }
     Ok((shown, objects))
 }

@@ -16,7 +16,6 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 use nix::sys::signal::Signal;
-use pulldown_cmark::{CodeBlockKind, Event, Parser, Tag, TagEnd};
 use regex::Regex;
 use testenv::{
     Client, Env, Image, Process, RegistryOptions, RegistryServer,
@@ -25,7 +24,10 @@ use testenv::{
     tools::Tools,
 };
 
-use crate::support::{free_port, run};
+use crate::{
+    docs::blocks,
+    support::{free_port, run},
+};
 
 /// What a page asks its reader to do.
 enum Step {
@@ -34,23 +36,14 @@ enum Step {
 }
 
 fn steps(page: &str) -> Result<Vec<Step>> {
-    let (mut steps, mut block) = (Vec::new(), None);
-    for event in Parser::new(page) {
-        match event {
-            Event::Start(Tag::CodeBlock(CodeBlockKind::Fenced(kind))) => block = Some((kind, String::new())),
-            Event::Text(text) => block.iter_mut().for_each(|(_, block)| *block += &text),
-            Event::End(TagEnd::CodeBlock) => match block.take().context("the end of no block")? {
-                (kind, text) if &*kind == "yaml" => {
-                    let name =
-                        text.lines().next().and_then(|line| line.strip_prefix("# ")).context("no file's name")?;
-                    steps.push(Step::Write { name: name.to_owned(), text: text.clone() });
-                }
-                (kind, text) => {
-                    ensure!(&*kind == "console", "a block that is neither console nor yaml:\n{text}");
-                    steps.extend(commands(&text)?);
-                }
-            },
-            _ => {}
+    let mut steps = Vec::new();
+    for (language, text) in blocks(page) {
+        if language == "yaml" {
+            let name = text.lines().next().and_then(|line| line.strip_prefix("# ")).context("no file's name")?;
+            steps.push(Step::Write { name: name.to_owned(), text: text.clone() });
+        } else {
+            ensure!(language == "console", "a block that is neither console nor yaml:\n{text}");
+            steps.extend(commands(&text)?);
         }
     }
     Ok(steps)

@@ -61,6 +61,11 @@ golden: ## Write tests/golden, docs/cli.md and docs/reference/metrics.md from wh
 	$(BUILD)
 	UPDATE_GOLDEN=1 $(TARGET_DIR)/debug/testenv up -- cargo test --locked --test it -- golden every_metric
 
+.PHONY: recording
+recording: ## Write docs/recording.svg from a real sync at a terminal
+	$(BUILD)
+	$(TARGET_DIR)/debug/testenv up -- cargo test --locked --workspace --test it -- --ignored recording
+
 # ROUNDS is how often each run is made, 5 by default. BENCH_PEERS names further peers as NAME=PROGRAM. WORKLOADS (W1, W2,
 # W1-far, W2-far) and CLIENTS measure a part of the whole, and write no file. DEADLINE is that of one run, in seconds.
 # TMPDIR: the registries' storage belongs into memory, because the noise of disks is larger than what is measured.

@@ -33,6 +33,7 @@ mod packaging;
 mod platforms;
 mod plugin;
 mod process;
+mod recording;
 mod reference;
 mod referrers;
 mod secrecy;

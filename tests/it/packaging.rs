@@ -253,6 +253,32 @@ async fn every_object_that_users_are_shown_is_valid() -> Result<()> {
     Ok(())
 }
 
+/// Keys of values.yaml that stand at the top of a block.
+const OF_THE_CHART: [&str; 2] = ["config", "networkPolicy"];
+
+#[tokio::test]
+async fn values_of_the_chart_that_users_are_shown_are_values_and_what_the_operator_reads() -> Result<()> {
+    let place = Place::new("shown-values").await?;
+    let mut checked = 0;
+    for (path, text) in shown()?.0 {
+        let values: Vec<Value> = serde_saphyr::from_multiple(&text).with_context(|| path.display().to_string())?;
+        if !OF_THE_CHART.iter().any(|key| values.iter().any(|values| values.get(key).is_some())) {
+            continue;
+        }
+        let file = place.env.run_dir.join(format!("{}.yaml", place.namespace));
+        fs::write(&file, &text)?;
+        let arguments = ["--values", file.to_str().context("a path")?, "--show-only", "templates/configmap.yaml"];
+        let rendered =
+            rendered_chart(place.env, &place.namespace, &arguments).with_context(|| path.display().to_string())?;
+        let rendered: Value = serde_saphyr::from_str(&rendered)?;
+        let config = rendered["data"]["operator.yaml"].as_str().context("no configuration")?;
+        imagemirror::config::Config::parse(config, Path::new("chart")).with_context(|| path.display().to_string())?;
+        checked += 1;
+    }
+    ensure!(checked >= 3, "{checked} blocks were found");
+    Ok(())
+}
+
 fn schema() -> Result<Value> {
     let crd = imagemirror::api::crd()?;
     Ok(crd.pointer("/spec/versions/0/schema/openAPIV3Schema").context("no schema")?.clone())

@@ -91,7 +91,7 @@ fn resolve(path: &Path) -> Option<PathBuf> {
     let mut resolved = PathBuf::new();
     for part in path.components() {
         match part {
-            Component::ParentDir => _ = resolved.pop().then_some(())?,
+            Component::ParentDir => resolved.pop().then_some(())?,
             Component::Normal(name) => resolved.push(name),
             _ => {}
         }
@@ -160,7 +160,7 @@ fn a_link_that_leads_nowhere_is_found() {
     ];
     let mut page = "# The `code` of reason_x!\n".to_owned();
     for link in broken.iter().chain(&good) {
-        page += &format!("\n[text](<{link}>)\n");
+        page.extend(["\n[text](<", link, ">)\n"]);
     }
     page += "\n`[no link](no-such.md)`\n\n![an image](no-such.svg)\n";
     let other = "# Other\n\n```sh\n# A code block\n```\n".to_owned();

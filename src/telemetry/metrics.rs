@@ -99,7 +99,7 @@ impl Metrics {
         );
         registry.register("queue_depth", "Runs that wait for their turn", metrics.queue_depth.clone());
         registry.register("reconcile_errors", "Reconciles that failed", metrics.reconcile_errors.clone());
-        registry.register("leader", "1 for the replica that leads", metrics.leader.clone());
+        registry.register("leader", "Whether this replica leads: 1, else 0", metrics.leader.clone());
         registry.register("build", "The running version", Info::new([("version", env!("CARGO_PKG_VERSION"))]));
         registry.register_collector(Box::new(OfRegistries(Arc::clone(counters))));
         (metrics, registry)

@@ -19,6 +19,7 @@ VERSION = $(shell sed -n 's/^version = "\(.*\)"$$/\1/p' Cargo.toml | head -n 1)
 
 CARGO_DENY = 0.20.2
 CARGO_CYCLONEDX = 0.5.9
+MDBOOK = 0.5.4
 
 # What libFuzzer needs to see which code an input reaches; none of it needs a nightly compiler.
 COVERAGE = -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
@@ -76,9 +77,14 @@ e2e-tools:
 	fi
 
 .PHONY: golden
-golden: ## Write tests/golden from what the tests see now
+golden: ## Write tests/golden, docs/cli.md and docs/reference/metrics.md from what the tests see now
 	$(BUILD)
-	UPDATE_GOLDEN=1 $(TARGET_DIR)/debug/testenv up -- cargo test --locked --test it golden
+	UPDATE_GOLDEN=1 $(TARGET_DIR)/debug/testenv up -- cargo test --locked --test it -- golden every_metric
+
+.PHONY: recording
+recording: ## Write docs/recording.svg from a real sync at a terminal
+	$(BUILD)
+	$(TARGET_DIR)/debug/testenv up -- cargo test --locked --workspace --test it -- --ignored recording
 
 # ROUNDS is how often each run is made, 5 by default. BENCH_PEERS names further peers as NAME=PROGRAM. WORKLOADS (W1, W2,
 # W1-far, W2-far) and CLIENTS measure a part of the whole, and write no file. DEADLINE is that of one run, in seconds.
@@ -127,12 +133,13 @@ reproducible: image ## Build the image again elsewhere, and fail if it is anothe
 	hack/reproducible $(BINARY) $(TARGET_DIR)/image $(TARGET_DIR)/reproducible
 
 .PHONY: generate
-generate: ## Write the CRD from the Rust types, for crds/ and for the chart; the chart's README and schema from its values
+generate: ## Write the CRD and its reference from the Rust types; the chart's README and schema from its values
 	mkdir -p $(dir $(CHART_CRD)) $(TARGET_DIR)
 	cargo run --quiet --locked --bin imagemirror -- crd > $(TARGET_DIR)/crd.yaml
 	cp $(TARGET_DIR)/crd.yaml $(CRD)
 	cp $(TARGET_DIR)/crd.yaml $(CHART_CRD)
 	cargo run --quiet --locked -p testenv -- chart charts/imagemirror
+	UPDATE_GOLDEN=1 cargo test --quiet --workspace --locked --test it -- reference_of_the_api >/dev/null
 
 .PHONY: check-generated
 check-generated: ## Fail, with a diff, when something generated or kept twice differs
@@ -141,6 +148,8 @@ check-generated: ## Fail, with a diff, when something generated or kept twice di
 	@diff -u $(CRD) $(TARGET_DIR)/crd.yaml || { echo '$(CRD) is not current: run `make generate`' >&2; exit 1; }
 	@diff -u $(CHART_CRD) $(TARGET_DIR)/crd.yaml || { echo '$(CHART_CRD) is not current: run `make generate`' >&2; exit 1; }
 	@$(TARGET_DIR)/debug/testenv chart --check charts/imagemirror
+	@cargo test --quiet --workspace --locked --test it -- the_reference_ >$(TARGET_DIR)/reference.out 2>&1 \
+	  || { cat $(TARGET_DIR)/reference.out; echo 'docs/reference or docs/cli.md is not current: run `make generate golden`' >&2; exit 1; }
 	@diff -u --label config/rbac/clusterrole.yaml --label charts/imagemirror/templates/_helpers.tpl \
 	  <(sed -n '/^rules:/,/^---/p' config/rbac/clusterrole.yaml | sed '1d;$$d') \
 	  <(sed -n '/define "imagemirror.mirrorRules"/,/end -}}/p' charts/imagemirror/templates/_helpers.tpl | sed '1d;$$d') \
@@ -182,6 +191,12 @@ sbom: ## Write target/sbom/imagemirror.cdx.json, which names all that is in the 
 	cargo cyclonedx --version 2>/dev/null | grep -qx 'cargo-cyclonedx-cyclonedx $(CARGO_CYCLONEDX)' \
 	  || cargo install --locked cargo-cyclonedx --version $(CARGO_CYCLONEDX)
 	hack/sbom $(TRIPLE) $(TARGET_DIR)/sbom
+
+.PHONY: docs
+docs: ## Make the book of the documentation, target/book; a link in it that leads nowhere is an error
+	mdbook --version 2>/dev/null | grep -qx 'mdbook v$(MDBOOK)' \
+	  || cargo install --locked mdbook --version $(MDBOOK) --no-default-features --features search
+	hack/book mdbook $(TARGET_DIR)
 
 .PHONY: tools
 tools: ## Build the programs of the test environment and print where they are

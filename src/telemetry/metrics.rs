@@ -1,4 +1,4 @@
-//! Metrics in the OpenMetrics format; `docs/operations.md` has them all. Labels are bounded: namespaces and names of
+//! Metrics in the OpenMetrics format; `docs/reference/metrics.md` has them all, in the words of their help. Labels are bounded: namespaces and names of
 //! objects and so many hosts, never anything of images.
 
 use std::{
@@ -81,21 +81,25 @@ impl Metrics {
             leader: Gauge::default(),
         };
         let mut registry = Registry::with_prefix("imagemirror");
-        registry.register("images", "Images of an object by state", metrics.images.clone());
+        registry.register(
+            "images",
+            "Images of an object by state: synced, pending, failed, skipped",
+            metrics.images.clone(),
+        );
         registry.register(
             "condition",
-            "Conditions of an object, 1 for the status that holds",
+            "1 for the status that a condition of an object has, else 0",
             metrics.condition.clone(),
         );
-        registry.register("sync_duration_seconds", "Duration of runs", metrics.sync_duration.clone());
+        registry.register("sync_duration_seconds", "Runs by how long they took", metrics.sync_duration.clone());
         registry.register(
             "last_success_timestamp_seconds",
             "When the last run without a failure ended, in seconds since 1970",
             metrics.last_success.clone(),
         );
         registry.register("queue_depth", "Runs that wait for their turn", metrics.queue_depth.clone());
-        registry.register("reconcile_errors", "Reconciles that failed, by reason", metrics.reconcile_errors.clone());
-        registry.register("leader", "Whether this replica is the leader", metrics.leader.clone());
+        registry.register("reconcile_errors", "Reconciles that failed", metrics.reconcile_errors.clone());
+        registry.register("leader", "Whether this replica leads: 1, else 0", metrics.leader.clone());
         registry.register("build", "The running version", Info::new([("version", env!("CARGO_PKG_VERSION"))]));
         registry.register_collector(Box::new(OfRegistries(Arc::clone(counters))));
         (metrics, registry)
@@ -181,28 +185,40 @@ impl Collector for OfRegistries {
         let copied = self.0.copied().into_iter();
         let copied = copied
             .map(|((source, target), bytes)| (vec![("source_host", source), ("target_host", target)], counter(bytes)));
-        family(&mut encoder, "copied_bytes", "Bytes of blobs sent to targets", copied)?;
+        family(&mut encoder, "copied_bytes", "Bytes of blobs sent to targets; hosts as images name them", copied)?;
         let blobs = self.0.blobs().into_iter();
         let blobs = blobs.map(|(result, blobs)| (vec![("result", result.to_owned())], counter(blobs)));
-        family(&mut encoder, "blobs", "Blobs by how they came to targets", blobs)?;
+        family(
+            &mut encoder,
+            "blobs",
+            "Blobs by how they came to targets: copied, mounted from another repository, present before",
+            blobs,
+        )?;
         let requests = hosts.iter().flat_map(|(host, of_host)| {
             of_host.requests().into_iter().map(|((method, code), count)| {
                 let method = ("method", method.to_owned());
                 (vec![("host", host.clone()), method, ("code", code.to_string())], counter(count))
             })
         });
-        family(&mut encoder, "registry_requests", "Requests to registries and their token servers", requests)?;
+        let help = "Requests to registries, token servers and where they redirect to; the code is the HTTP status (other for one \
+                    that is not registered), or timeout, error (no connection, or one that broke), cancelled";
+        family(&mut encoder, "registry_requests", help, requests)?;
         let throttled = hosts.iter().map(|(host, of_host)| {
             (vec![("host", host.clone())], ConstCounter::new(of_host.throttled().as_secs_f64()))
         });
-        let help =
-            "Time that requests have waited for hosts that want to be left alone, and for a place in their limits";
+        let help = "Time that requests have waited, added up over all of them: for a host that closed itself by 429 or \
+                    Retry-After, or for a place within its limits";
         family(&mut encoder, "registry_throttled_seconds", help, throttled)?;
         let quotas = hosts.iter().filter_map(|(host, of_host)| {
             let left = i64::try_from(of_host.quota()?).unwrap_or(i64::MAX);
             Some((vec![("host", host.clone())], ConstGauge::new(left)))
         });
-        family(&mut encoder, "rate_limit_remaining", "Requests that a host said are left of its quota", quotas)
+        family(
+            &mut encoder,
+            "rate_limit_remaining",
+            "Requests that are left of a quota, as the host last said (RateLimit-Remaining of Docker Hub)",
+            quotas,
+        )
     }
 }
 

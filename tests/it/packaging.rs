@@ -11,6 +11,7 @@ use serde_json::Value;
 
 use crate::{
     chart::installations,
+    docs::{blocks, pages},
     support::{Place, kubectl, rendered_chart, run},
 };
 
@@ -236,21 +237,22 @@ async fn the_kustomize_base_and_its_overlay_build_and_the_api_server_takes_them(
 /// `ImageMirror`s there are in all of it, however they are shown.
 fn shown() -> Result<(Vec<(PathBuf, String)>, usize)> {
     let (mut shown, mut objects) = (Vec::new(), 0);
-    for dir in
-        [".", "docs", "docs/guides", "charts/imagemirror", "config/samples", "gitops/flux/images", "gitops/renovate"]
-    {
+    let mut samples = Vec::new();
+    for dir in ["config/samples", "gitops/flux/images", "gitops/renovate"] {
         for entry in fs::read_dir(Path::new(ROOT).join(dir))? {
             let path = entry?.path();
-            let is_sample = path.extension().is_some_and(|extension| extension == "yaml") && dir.contains('/');
-            if !is_sample && path.extension().is_none_or(|extension| extension != "md") {
-                continue;
+            if path.extension().is_some_and(|extension| extension == "yaml") {
+                let text = fs::read_to_string(&path)?;
+                samples.push((path, text));
             }
-            let text = fs::read_to_string(&path)?;
-            objects += text.lines().filter(|line| line.trim() == "kind: ImageMirror").count();
-            let blocks = text.split("```yaml\n").skip(1).filter_map(|rest| Some(rest.split_once("\n```")?.0));
-            let blocks = if is_sample { vec![text.as_str()] } else { blocks.collect() };
-            shown.extend(blocks.into_iter().map(|block| (path.clone(), block.to_owned())));
         }
+    }
+    for (path, text) in pages()?.into_iter().chain(samples) {
+        objects += text.lines().filter(|line| line.trim() == "kind: ImageMirror").count();
+        let is_page = path.extension().is_some_and(|extension| extension == "md");
+        let blocks = if is_page { blocks(&text) } else { vec![("yaml".to_owned(), text)] };
+        let blocks = blocks.into_iter().filter(|(language, _)| language == "yaml");
+        shown.extend(blocks.map(|(_, block)| (path.clone(), block)));
     }
     Ok((shown, objects))
 }
@@ -272,6 +274,32 @@ async fn every_object_that_users_are_shown_is_valid() -> Result<()> {
         }
     }
     ensure!(checked >= 3 && checked == objects, "{checked} of {objects} ImageMirrors were found");
+    Ok(())
+}
+
+/// Keys of values.yaml that stand at the top of a block.
+const OF_THE_CHART: [&str; 2] = ["config", "networkPolicy"];
+
+#[tokio::test]
+async fn values_of_the_chart_that_users_are_shown_are_values_and_what_the_operator_reads() -> Result<()> {
+    let place = Place::new("shown-values").await?;
+    let mut checked = 0;
+    for (path, text) in shown()?.0 {
+        let values: Vec<Value> = serde_saphyr::from_multiple(&text).with_context(|| path.display().to_string())?;
+        if !OF_THE_CHART.iter().any(|key| values.iter().any(|values| values.get(key).is_some())) {
+            continue;
+        }
+        let file = place.env.run_dir.join(format!("{}.yaml", place.namespace));
+        fs::write(&file, &text)?;
+        let arguments = ["--values", file.to_str().context("a path")?, "--show-only", "templates/configmap.yaml"];
+        let rendered =
+            rendered_chart(place.env, &place.namespace, &arguments).with_context(|| path.display().to_string())?;
+        let rendered: Value = serde_saphyr::from_str(&rendered)?;
+        let config = rendered["data"]["operator.yaml"].as_str().context("no configuration")?;
+        imagemirror::config::Config::parse(config, Path::new("chart")).with_context(|| path.display().to_string())?;
+        checked += 1;
+    }
+    ensure!(checked >= 3, "{checked} blocks were found");
     Ok(())
 }
 

@@ -365,7 +365,7 @@ impl Operator {
     /// Whether it leads; false too if it does not answer.
     pub(crate) async fn leads(&self) -> bool {
         let answer = tokio::time::timeout(Duration::from_secs(1), self.get("/metrics")).await;
-        answer.is_ok_and(|answer| answer.is_ok_and(|(_, metrics)| metrics.contains("imagemirror_leader 1")))
+        answer.is_ok_and(|answer| answer.is_ok_and(|(_, metrics)| metrics.contains("\nimagemirror_leader 1\n")))
     }
 
     pub(crate) fn logged(&self) -> Result<String> {

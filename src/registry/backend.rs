@@ -167,7 +167,12 @@ impl Target {
     /// Brings a blob here. Its size must be known.
     pub async fn put_blob(&self, source: &BlobOpener, options: &PutOptions<'_>) -> Result<Stored, PutError> {
         match self {
-            Self::Registry(repository) => repository.put_blob(source, options).await,
+            Self::Registry(repository) => {
+                if let Source::Registry(neighbour) = &source.source {
+                    repository.learn_of_neighbour(neighbour, &source.blob);
+                }
+                repository.put_blob(source, options).await
+            }
             Self::Layout(repository) => repository.put_blob(source, options).await,
         }
     }

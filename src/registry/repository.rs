@@ -451,6 +451,13 @@ impl Repository {
         }
     }
 
+    /// A large blob of a source that is in the same registry, and is shown the same credential, can be mounted from there.
+    pub(super) fn learn_of_neighbour(&self, source: &Self, descriptor: &Descriptor) {
+        if source.login_key() == self.login_key() && source.name() != self.name() {
+            source.holds(descriptor);
+        }
+    }
+
     /// Where this repository may take the blob from: another one that it was brought to with the same credential, else
     /// this one itself, which then says whether it is there.
     pub(super) fn mount_for(&self, descriptor: &Descriptor) -> MountFrom {

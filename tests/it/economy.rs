@@ -99,6 +99,26 @@ async fn counted_with(
     Ok((less(&after.0, &before.0), less(&after.1, &before.1)))
 }
 
+/// From repository to repository of one registry, nothing of a large layer goes through us.
+#[tokio::test]
+async fn within_a_registry_layers_are_mounted() -> Result<()> {
+    let env = cases::env();
+    let (from, to) = (format!("{}/from", cases::prefix("mounted")), format!("{}/to", cases::prefix("mounted")));
+    let image = Image::single(7, &[1 << 20, 2 << 20, 1000]);
+    Client::new(env, &env.source)?.push(&from, "1", &image).await?;
+    let (source, target) = (access(env, &env.source)?, access(env, &env.source)?);
+    let mut wanted = cases::image(&source, &from, &to)?;
+    (wanted.source.tag, wanted.target_tag) = (Some("1".parse()?), "1".parse()?);
+    let options = CopyOptions { referrers: Referrers::None, ..CopyOptions::default() };
+    let report = sync_images(&cases::client(), vec![source], target, vec![wanted], options).await?;
+    ensure!(report.failed().next().is_none(), "{report:?}");
+    let (read, written) = (answered(&env.source, &from)?, answered(&env.source, &to)?);
+    // The small layer and the configuration are read and sent.
+    ensure!(read.blobs == 2 && written.posts == 4 && written.put_blobs == 2, "{read:?}, {written:?}");
+    ensure!(Client::new(env, &env.source)?.holds(&to, "1", &image).await?, "it is not the same");
+    Ok(())
+}
+
 fn less(after: &Answered, before: &Answered) -> Answered {
     Answered {
         heads: after.heads - before.heads,

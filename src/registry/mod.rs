@@ -10,6 +10,7 @@
 
 mod backend;
 mod body;
+mod check;
 mod client;
 mod counters;
 mod error;
@@ -36,6 +37,7 @@ mod upload;
 
 pub use backend::{BlobOpener, Source, Target};
 pub use body::{BlobStream, Meter};
+pub use check::Probe;
 pub use client::{Client, ClientOptions, HostOptions, Timing};
 pub use counters::{Code, Counters, HostCounters};
 pub use error::{CertificateProblem, Error, ErrorKind, Side, Step};

@@ -16,14 +16,14 @@ use crate::{
 };
 
 /// kubectl with the plugin, for the user of a kubeconfig.
-struct Plugin<'a> {
+pub(crate) struct Plugin<'a> {
     place: &'a Place,
     programs: PathBuf,
     kubeconfig: PathBuf,
 }
 
 impl<'a> Plugin<'a> {
-    fn new(place: &'a Place) -> Result<Self> {
+    pub(crate) fn new(place: &'a Place) -> Result<Self> {
         let programs = place.env.run_dir.join(format!("{}-programs", place.namespace));
         std::fs::create_dir(&programs)?;
         std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_imagemirror"), programs.join("kubectl-imagemirror"))?;
@@ -37,7 +37,7 @@ impl<'a> Plugin<'a> {
         command
     }
 
-    fn show(&self, session: &mut Session<'_>, arguments: &str) -> Result<String> {
+    pub(crate) fn show(&self, session: &mut Session<'_>, arguments: &str) -> Result<String> {
         session.run(&format!("kubectl imagemirror {arguments}"), &mut self.command(arguments))
     }
 }

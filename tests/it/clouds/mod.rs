@@ -3,3 +3,5 @@
 //! configuration leads to the stand-ins.
 
 mod azure;
+
+mod logins;

@@ -4,4 +4,5 @@
 
 mod azure;
 
+mod guides;
 mod logins;

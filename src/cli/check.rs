@@ -128,6 +128,9 @@ fn lines(found: &RepositoryCheck) -> String {
     }
     if let Some(failure) = &found.failure {
         line("failure", &format!("{}: {}", failure.reason, failure.message));
+        if let Some(guide) = &found.guide {
+            line("see", guide);
+        }
     }
     text
 }

@@ -48,7 +48,7 @@ pub use network::{Denied, Networks, SURROUNDINGS};
 pub use pace::Floor;
 pub use proxy::{Proxy, ProxyError};
 pub use push::{PutOptions, Stored};
-pub use quirks::{Quirks, UploadStrategy};
+pub use quirks::{Fact, Met, Quirks, UploadStrategy, VENDORS, Vendor};
 pub use repository::{Access, Repository};
 pub use spacing::Quota;
 pub use transport::{Transport, TransportError};

@@ -14,7 +14,7 @@ use crate::{
     copy::CopyError,
     oci::{Host, RepositoryName},
     reason::Reason,
-    registry::{Access, Client, Error, ErrorKind, Probe, Repository, Sessions, Side, Step},
+    registry::{Access, Client, Error, ErrorKind, Probe, Repository, Sessions, Side, Step, Vendor},
 };
 
 /// What is known of the logins of a mirror.
@@ -51,6 +51,8 @@ pub struct RepositoryCheck {
     pub found: Option<String>,
     /// Why a sync would fail, and what to do.
     pub failure: Option<Failure>,
+    /// What is written about this registry, if it is a known one.
+    pub guide: Option<String>,
 }
 
 /// An entry that matches.
@@ -219,6 +221,7 @@ impl Place<'_> {
             push: None,
             found: None,
             failure: None,
+            guide: Vendor::of(&self.access.host).map(|vendor| format!("docs/registries/{}", vendor.page)),
         }
     }
 

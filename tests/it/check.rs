@@ -128,7 +128,7 @@ async fn whether_a_push_would_work_is_found_out_without_a_trace() -> Result<()> 
         let is_read = |method: &str| matches!(method, "GET" | "HEAD");
         let writes: Vec<(String, u16)> = asked
             .iter()
-            .filter(|exchange| !is_read(&exchange.key.method.to_string()))
+            .filter(|exchange| !is_read(exchange.key.method.as_ref()))
             .map(|exchange| (exchange.key.method.to_string(), exchange.status.unwrap_or_default()))
             .collect();
         let given_up = writes.last().is_some_and(|(method, status)| method == "DELETE" && *status < 300);

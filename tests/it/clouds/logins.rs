@@ -233,3 +233,51 @@ async fn the_environment_has_logins_for_the_command_line() -> Result<()> {
     ensure!(place.holds(target, "copy", "1", &image).await?);
     Ok(())
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn check_tries_a_login_where_the_registry_really_asks() -> Result<()> {
+    let place = Place::new("check-hub").await?;
+    let (stand, hosts) = Stand::start(&place, 0, HostsBuilder::default()).await?;
+    let hosts = hosts.start(&place.env.ca()?).await?;
+    let hub = ROWS[0];
+    let Kubectl(server, user, password) = hub.3 else { anyhow::bail!("a password") };
+    let mut spec = place.spec(&place.env.source, &place.env.target, &[("agent", &["1"])]);
+    spec["imagePullSecrets"] = json!([{"name": "hub"}]);
+    let how = json!({"host": hub.0, "certSecretRef": {"name": "ca"}, "proxySecretRef": {"name": "proxy"}});
+    spec["registries"] = json!([how]);
+    spec["target"] = json!({"registry": hub.0, "repository": "team/copy", "secretRef": {"name": "hub"}});
+    spec["images"] = json!([{"source": "docker.io/team/agent:1"}]);
+    for (password, code, expected) in [
+        (
+            password,
+            1,
+            ["granted    repository:team/copy:pull,push", "push       works", "docker.io/team/agent:1 does not exist"],
+        ),
+        (
+            "wrong",
+            1,
+            [
+                "https://auth.docker.io/token for the service registry.docker.io",
+                "refused",
+                "docs/registries/docker-hub.md",
+            ],
+        ),
+    ] {
+        let config = json!({"auths": {server: {"username": user, "password": password}}}).to_string();
+        let documents = [
+            crate::golden::mirror(&place, &spec),
+            place.document("hub", "kubernetes.io/dockerconfigjson", &[(".dockerconfigjson", &config)]),
+            place.document("proxy", "Opaque", &[("address", &hosts.url())]),
+            place.document("ca", "Opaque", &[("ca.crt", &place.env.ca_pem)]),
+        ];
+        let file = crate::golden::file(&place, "hub", &documents)?;
+        let mut command = Command::new(env!("CARGO_BIN_EXE_imagemirror"));
+        let output = command.args(["check", "-f", &file]).current_dir(&place.env.run_dir).output()?;
+        let said = String::from_utf8_lossy(&output.stdout);
+        ensure!(output.status.code() == Some(code) && expected.iter().all(|text| said.contains(text)), "{said}");
+    }
+    let asked = hosts.asked();
+    ensure!(!asked.iter().any(|line| line.starts_with("PUT") || line.starts_with("POST registry")), "{asked:?}");
+    drop(stand);
+    Ok(())
+}

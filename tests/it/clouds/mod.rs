@@ -3,6 +3,5 @@
 //! configuration leads to the stand-ins.
 
 mod azure;
-
 mod guides;
 mod logins;

@@ -334,7 +334,7 @@ impl Login {
 }
 
 /// What tokens begin with that people take for user names.
-const TOKENS: [&str; 8] = ["ghp_", "gho_", "ghu_", "ghs_", "github_pat_", "glpat-", "dckr_", "ey"];
+const TOKENS: [&str; 8] = ["ghp_", "gho_", "ghu_", "ghs_", "github_pat_", "glpat-", "dckr_", "eyJ"];
 
 /// What a credential is, without what is secret in it.
 fn shape(credential: &Credential) -> String {
@@ -347,5 +347,30 @@ fn shape(credential: &Credential) -> String {
             "a user name that looks like a token".to_owned()
         }
         () => format!("user {user:?}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tokens_that_stand_where_a_name_does_are_not_shown() {
+        for (user, shown) in [
+            ("robot$team+push", "user \"robot$team+push\""),
+            ("eyal", "user \"eyal\""),
+            ("", "a token without a user name"),
+            ("<token>", "an identity token"),
+            ("ghp_hunter2", "a user name that looks like a token"),
+            ("eyJhbGciOi", "a user name that looks like a token"),
+        ] {
+            assert_eq!(shape(&Credential::new(user.to_owned(), "p".into(), "x")), shown);
+        }
+    }
+
+    #[test]
+    fn a_grant_is_read_to_its_last_colon() {
+        assert!(allows("repository:host:1/a:pull,push", "push") && allows("repository:a:*", "push"));
+        assert!(!allows("repository:push:pull", "push"));
     }
 }

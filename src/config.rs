@@ -400,6 +400,7 @@ struct QuirksEntry {
     resumes_uploads: Option<bool>,
     #[serde(rename = "referrersAPI")]
     referrers_api: Option<bool>,
+    absent_is_forbidden: Option<bool>,
 }
 
 impl QuirksEntry {
@@ -414,6 +415,7 @@ impl QuirksEntry {
             mounts: self.mounts.unwrap_or(known.mounts),
             resumes_uploads: self.resumes_uploads.unwrap_or(known.resumes_uploads),
             referrers_api: self.referrers_api.or(known.referrers_api),
+            absent_is_forbidden: self.absent_is_forbidden.unwrap_or(known.absent_is_forbidden),
         }
     }
 }

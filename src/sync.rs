@@ -4,11 +4,13 @@
 //! registries are reached and with which credentials is a separate argument ([`Registries`]), so that requests and
 //! reports can be stored and sent without a secret in them. One failed image never stops another.
 
+mod check;
 mod choose;
 mod handles;
 mod image;
 mod preview;
 
+pub use check::{Blocked, Check, Login, Outcome as LoginOutcome, RepositoryCheck, check};
 pub use choose::{SelectionRequest, choose};
 pub use preview::{ImagePreview, Preview, preview};
 

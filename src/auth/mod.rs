@@ -32,5 +32,5 @@ pub use challenge::Challenge;
 pub use credential::Credential;
 pub use exchange::{BoxError, Exchange, ExchangeError, Http, Identity, Issued, NewRepository, Unusable};
 pub use realm::realm_is_trusted;
-pub use store::{ConfigError, CredentialStore};
-pub use token::{NextLogin, Scope, Token, TokenCache, TokenError, TokenKey};
+pub use store::{ConfigError, CredentialStore, Entry};
+pub use token::{Grant, NextLogin, Scope, Token, TokenCache, TokenError, TokenKey};

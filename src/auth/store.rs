@@ -25,14 +25,17 @@ pub struct CredentialStore {
     entries: Vec<Entry>,
 }
 
+/// A credential, and the key that it is written under.
 #[derive(Clone)]
-struct Entry {
+pub struct Entry {
     key: Key,
     credential: Arc<Credential>,
 }
 
 #[derive(Clone)]
 struct Key {
+    /// As it is written, for messages.
+    text: String,
     labels: Vec<Pattern>,
     port: Option<String>,
     path: String,
@@ -121,9 +124,41 @@ impl CredentialStore {
     /// The credentials for a repository, in the order in which to try them.
     #[must_use]
     pub fn matching(&self, host: &Host, repository: &RepositoryName) -> Vec<Arc<Credential>> {
+        self.entries_for(host, repository).into_iter().map(|entry| Arc::clone(&entry.credential)).collect()
+    }
+
+    /// The same, with the keys that they are written under.
+    #[must_use]
+    pub fn entries_for(&self, host: &Host, repository: &RepositoryName) -> Vec<&Entry> {
         let mut found: Vec<&Entry> = self.entries.iter().filter(|entry| entry.key.matches(host, repository)).collect();
         found.sort_by_key(|entry| std::cmp::Reverse(entry.key.len));
-        found.into_iter().map(|entry| Arc::clone(&entry.credential)).collect()
+        found
+    }
+
+    /// All entries, in the order of the lists that they are of.
+    #[must_use]
+    pub fn entries(&self) -> &[Entry] {
+        &self.entries
+    }
+
+    /// A store with this entry and no other.
+    #[must_use]
+    pub fn only(entry: &Entry) -> Self {
+        Self { entries: vec![entry.clone()] }
+    }
+}
+
+impl Entry {
+    /// The key that it is written under, as messages show it.
+    #[must_use]
+    pub fn key(&self) -> &str {
+        &self.key.text
+    }
+
+    /// What it holds.
+    #[must_use]
+    pub fn credential(&self) -> &Credential {
+        &self.credential
     }
 }
 
@@ -159,8 +194,8 @@ impl AuthEntry {
 }
 
 impl Key {
-    fn parse(text: &str) -> Option<Self> {
-        let rest = text.strip_prefix("https://").or_else(|| text.strip_prefix("http://")).unwrap_or(text);
+    fn parse(written: &str) -> Option<Self> {
+        let rest = written.strip_prefix("https://").or_else(|| written.strip_prefix("http://")).unwrap_or(written);
         let (authority, path) = rest.split_once('/').unwrap_or((rest, ""));
         // What clients append to the host, of old for Docker Hub: it does not name a repository.
         let path = path.strip_prefix("v1/").or_else(|| path.strip_prefix("v2/")).unwrap_or(path).trim_end_matches('/');
@@ -177,7 +212,7 @@ impl Key {
         let is_address = name.starts_with('[');
         let text = |label| if is_address { Pattern::escape(label) } else { as_glob(label) };
         let labels = name.split('.').map(|label| Pattern::new(&text(label))).collect::<Result<_, _>>().ok()?;
-        Some(Self { labels, port, path: path.to_owned(), len: name.len() + path.len() })
+        Some(Self { text: shorten(written), labels, port, path: path.to_owned(), len: name.len() + path.len() })
     }
 
     fn matches(&self, host: &Host, repository: &RepositoryName) -> bool {

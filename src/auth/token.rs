@@ -7,6 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use secrecy::SecretString;
 use serde::Deserialize;
 use tokio::sync::Mutex as AsyncMutex;
@@ -67,6 +68,19 @@ pub struct Token {
     renew_at: Instant,
     /// What to log in with next time, where the server gave a new identity token.
     refresh: Option<SecretString>,
+    /// What the answer says that it grants.
+    scope: Option<String>,
+}
+
+/// What a token lets somebody do with a repository.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+pub struct Grant {
+    #[serde(rename = "type")]
+    kind: String,
+    /// The repository.
+    pub name: String,
+    /// Such as `pull` and `push`; `*` is all.
+    pub actions: Vec<String>,
 }
 
 /// An answer of a token server that is not a token.
@@ -80,6 +94,13 @@ struct Answer {
     access_token: Option<SecretString>,
     refresh_token: Option<SecretString>,
     expires_in: Option<u64>,
+    scope: Option<String>,
+}
+
+/// What a token says of itself (distribution-spec, "Token Authentication Implementation").
+#[derive(Deserialize)]
+struct Claims {
+    access: Option<Vec<Grant>>,
 }
 
 impl Token {
@@ -94,7 +115,7 @@ impl Token {
             .ok_or(TokenError)?;
         let life = answer.expires_in.map_or(DEFAULT_LIFE, |seconds| Duration::from_secs(seconds.clamp(1, 86_400)));
         let refresh = answer.refresh_token.filter(|token| !token.expose_secret().is_empty());
-        Ok(Self { value, renew_at: now + life.mul_f64(0.8), refresh })
+        Ok(Self { value, renew_at: now + life.mul_f64(0.8), refresh, scope: answer.scope })
     }
 
     /// Whether it is not time to renew it.
@@ -109,11 +130,45 @@ impl Token {
         self.refresh.as_ref()
     }
 
+    /// What it grants, where it or the answer that it came with says so: for messages, as the registry alone decides.
+    #[must_use]
+    pub fn grants(&self) -> Option<Vec<Grant>> {
+        use secrecy::ExposeSecret;
+        let payload = self.value.expose_secret().split('.').nth(1).map(|part| part.trim_end_matches('='));
+        let claims = payload.and_then(|payload| URL_SAFE_NO_PAD.decode(payload).ok());
+        let claims: Option<Claims> = claims.and_then(|claims| serde_json::from_slice(&claims).ok());
+        let of_answer = || Some(self.scope.as_ref()?.split(' ').filter_map(Grant::parse).collect());
+        let grants: Vec<Grant> = claims.and_then(|claims| claims.access).or_else(of_answer)?;
+        Some(grants.into_iter().filter(|grant| grant.kind == "repository").collect())
+    }
+
     /// The value of an `Authorization` header (RFC 6750).
     #[must_use]
     pub fn bearer(&self) -> SecretString {
         use secrecy::ExposeSecret;
         format!("Bearer {}", self.value.expose_secret()).into()
+    }
+}
+
+impl Grant {
+    /// Reads `repository:NAME:ACTIONS`.
+    fn parse(scope: &str) -> Option<Self> {
+        let (rest, actions) = scope.rsplit_once(':')?;
+        let (kind, name) = rest.split_once(':')?;
+        let actions = actions.split(',').map(str::to_owned).collect();
+        Some(Self { kind: kind.to_owned(), name: name.to_owned(), actions })
+    }
+
+    /// Whether it allows this.
+    #[must_use]
+    pub fn allows(&self, action: &str) -> bool {
+        self.actions.iter().any(|granted| granted == action || granted == "*")
+    }
+}
+
+impl fmt::Display for Grant {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}:{}", self.kind, self.name, self.actions.join(","))
     }
 }
 
@@ -245,6 +300,25 @@ mod tests {
             let token = Token::from_answer(answer.as_bytes(), now).unwrap();
             assert_eq!(token.renew_at - now, Duration::from_secs_f64(seconds), "{said}");
         }
+    }
+
+    #[test]
+    fn what_a_token_grants_is_said_by_itself_or_by_its_answer() {
+        let signed = |claims: &str| format!("e30.{}.c2ln", URL_SAFE_NO_PAD.encode(claims));
+        let all = r#"{"access":[{"type":"registry","name":"catalog","actions":["*"]},{"type":"repository","name":"a/b","actions":["pull","push"]}]}"#;
+        for (value, scope, expected) in [
+            (signed(all), None, Some("repository:a/b:pull,push")),
+            (signed(r#"{"access":[]}"#), Some("repository:a:pull"), Some("")),
+            (signed("{}"), Some("repository:a:pull repository:h:1/b:*"), Some("repository:a:pull repository:h:1/b:*")),
+            ("opaque".to_owned(), None, None),
+            ("a.?.c".to_owned(), None, None),
+        ] {
+            let found = token(&serde_json::json!({"token": value, "scope": scope}).to_string()).grants();
+            let found = found.map(|grants| grants.iter().map(ToString::to_string).collect::<Vec<_>>().join(" "));
+            assert_eq!(found.as_deref(), expected, "{value}");
+        }
+        let grant = Grant::parse("repository:a:*").unwrap();
+        assert!(grant.allows("push") && !Grant::parse("repository:a:pull").unwrap().allows("push"));
     }
 
     #[tokio::test]

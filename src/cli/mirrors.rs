@@ -1,24 +1,18 @@
 //! What `sync` and `plan` share: files, credentials, and directories in place of registries.
 //!
-//! Credentials are the Secrets in the files; where there are none, the user's Docker configuration with its
-//! credential helpers. Which of the two is said in one line.
+//! Credentials are the Secrets in the files; where there are none, the [user's own logins](super::logins). Which of the two
+//! is said in one line.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    path::PathBuf,
-};
+use std::path::{Path, PathBuf};
 
 use clap::Args;
-use docker_credential::{CredentialRetrievalError, DockerCredential};
 use serde::Serialize;
 use tokio_util::sync::CancellationToken;
 
-use super::{Failure, Output, documents::Documents, signals};
+use super::{Failure, Output, documents::Documents, logins::Logins, signals};
 use crate::{
-    auth::{Credential, CredentialStore, cloud::Principal},
-    mirror::{Prepared, Secrets, ValidatedMirror, prepare},
-    oci::Host,
-    registry::{Client, ClientOptions, Layout, LayoutError, Transport},
+    mirror::{Prepared, ValidatedMirror},
+    registry::{Client, ClientOptions, Layout, LayoutError},
     sync::{Destination, Registries, Sources, SyncRequest, choose},
 };
 
@@ -58,15 +52,24 @@ impl<R> Outcome<R> {
 pub(super) struct Mirrors {
     documents: Documents,
     layouts: Layouts,
+    /// Where the files have no Secrets.
+    own: Option<Logins>,
     validated: Vec<ValidatedMirror>,
 }
 
 impl Mirrors {
     /// Reads and checks the files.
     pub(super) fn of(arguments: &MirrorArguments) -> Result<Self, Failure> {
-        let documents = Documents::of(&arguments.files)?;
+        let this = Self::of_files(&arguments.files)?;
+        Ok(Self { layouts: Layouts::of(arguments.from.as_deref(), arguments.to.as_deref())?, ..this })
+    }
+
+    /// The same, from registries to registries.
+    pub(super) fn of_files(files: &[PathBuf]) -> Result<Self, Failure> {
+        let documents = Documents::of(files)?;
         let validated = documents.validated()?;
-        Ok(Self { documents, layouts: Layouts::of(arguments)?, validated })
+        let own = if documents.have_secrets() { None } else { Some(Logins::of_environment()?) };
+        Ok(Self { documents, layouts: Layouts::default(), own, validated })
     }
 
     /// Carries each out with `run`, which is given its name.
@@ -74,51 +77,59 @@ impl Mirrors {
         &self,
         run: impl AsyncFn(&str, &Client, (&SyncRequest, &Registries), &CancellationToken) -> Result<R, Failure>,
     ) -> Result<Vec<Outcome<R>>, Failure> {
-        let cancel = signals();
         let client = Client::new(ClientOptions::default());
-        let place = if self.documents.have_secrets() { "the Secrets in the files" } else { "the Docker configuration" };
+        let chosen = async |name: &str, prepared: Prepared, cancel: &CancellationToken| {
+            let Prepared { request, selections, registries, .. } = prepared;
+            let request = choose(&client, request, &selections, &registries, cancel).await;
+            let request = request.ok_or_else(|| Failure::Interrupted(format!("{name} was not begun")))?;
+            run(name, &client, (&request, &registries), cancel).await
+        };
+        self.each_prepared(chosen).await
+    }
+
+    /// The same before any registry has been asked.
+    pub(super) async fn each_prepared<R>(
+        &self,
+        run: impl AsyncFn(&str, Prepared, &CancellationToken) -> Result<R, Failure>,
+    ) -> Result<Vec<Outcome<R>>, Failure> {
+        let cancel = signals();
+        let place = self.own.as_ref().map_or_else(|| "the Secrets in the files".to_owned(), Logins::place);
         eprintln!("credentials: {place}");
         let mut outcomes = Vec::new();
         for mirror in &self.validated {
-            let (request, registries) = self.request(mirror, &client, &cancel).await?;
-            let report = run(&mirror.name, &client, (&request, &registries), &cancel).await?;
+            let prepared = self.prepare(mirror)?;
+            let report = run(&mirror.name, prepared, &cancel).await?;
             outcomes.push(Outcome::new(mirror, report));
         }
         Ok(outcomes)
     }
 
-    /// What a mirror asks for, with its tags chosen.
-    async fn request(
-        &self,
-        mirror: &ValidatedMirror,
-        client: &Client,
-        cancel: &CancellationToken,
-    ) -> Result<(SyncRequest, Registries), Failure> {
+    fn prepare(&self, mirror: &ValidatedMirror) -> Result<Prepared, Failure> {
         let mirror = &self.layouts.without_target_secret(mirror);
-        let from_files = self.documents.have_secrets();
-        let prepared = if from_files { self.documents.prepare(mirror) } else { with_docker_configuration(mirror)? };
-        let Prepared { request, selections, mut registries, .. } = prepared;
-        self.layouts.replace(&mut registries);
-        let request = choose(client, request, &selections, &registries, cancel).await;
-        let request = request.ok_or_else(|| Failure::Interrupted(format!("{} was not begun", mirror.name)))?;
-        Ok((request, registries))
+        let mut prepared = match &self.own {
+            Some(own) => own.prepare(mirror)?,
+            None => self.documents.prepare(mirror),
+        };
+        self.layouts.replace(&mut prepared.registries);
+        Ok(prepared)
     }
 }
 
 /// The directories that take the place of registries.
+#[derive(Default)]
 struct Layouts {
     from: Option<Layout>,
     to: Option<Layout>,
 }
 
 impl Layouts {
-    fn of(arguments: &MirrorArguments) -> Result<Self, Failure> {
-        if arguments.from.is_some() && arguments.from == arguments.to {
+    fn of(from: Option<&Path>, to: Option<&Path>) -> Result<Self, Failure> {
+        if from.is_some() && from == to {
             return Err(Failure::Usage("--from and --to name the same directory; write to another one".into()));
         }
         let usage = |error: LayoutError| Failure::Usage(error.to_string());
-        let from = arguments.from.as_deref().map(Layout::open).transpose().map_err(usage)?;
-        let to = arguments.to.as_deref().map(Layout::create).transpose().map_err(usage)?;
+        let from = from.map(Layout::open).transpose().map_err(usage)?;
+        let to = to.map(Layout::create).transpose().map_err(usage)?;
         Ok(Self { from, to })
     }
 
@@ -142,56 +153,5 @@ fn layout_dir(text: &str) -> Result<PathBuf, String> {
     match text.strip_prefix("oci:") {
         Some(dir) if !dir.is_empty() => Ok(dir.into()),
         _ => Err("write oci:DIR, a directory in the form of an OCI image layout".into()),
-    }
-}
-
-/// The names of Secrets in the spec mean nothing without their content: the user's own logins take their place.
-fn with_docker_configuration(mirror: &ValidatedMirror) -> Result<Prepared, Failure> {
-    let without_secrets =
-        ValidatedMirror { pull_secrets: Vec::new(), target_secret: None, service_account: None, ..mirror.clone() };
-    let program = Secrets { principal: Some(Principal::Program), ..Secrets::default() };
-    let mut prepared = prepare(&without_secrets, &program, |_| Transport::default(), &BTreeMap::new());
-    let hosts: BTreeSet<&Host> = mirror.source_hosts().chain([&mirror.target_host]).collect();
-    let mut store = CredentialStore::default();
-    for host in hosts {
-        if let Some(found) = docker_login(host)? {
-            store.append(found);
-        }
-    }
-    let has_identity = |host: &Host| mirror.registries.get(host).is_some_and(|settings| settings.cloud.is_some());
-    for access in prepared.registries.accesses_mut().filter(|access| !has_identity(&access.host)) {
-        access.credentials = store.clone();
-    }
-    Ok(prepared)
-}
-
-/// The user's login for a registry, if there is one.
-fn docker_login(host: &Host) -> Result<Option<CredentialStore>, Failure> {
-    const ORIGIN: &str = "the Docker configuration";
-    const LOG_IN: &str = "log in again, or add Secrets to the files";
-    let server = if host.as_str() == Host::DOCKER_HUB { "https://index.docker.io/v1/" } else { host.as_str() };
-    match docker_credential::get_credential(server) {
-        Ok(DockerCredential::UsernamePassword(username, password)) => {
-            let credential = Credential::new(username, password.into(), ORIGIN);
-            let store = CredentialStore::single(host.as_str(), credential);
-            store.map(Some).map_err(|error| Failure::Usage(format!("{ORIGIN}: {error}")))
-        }
-        Ok(DockerCredential::IdentityToken(token)) => {
-            let store = CredentialStore::single(host.as_str(), Credential::identity_token(token.into(), ORIGIN));
-            store.map(Some).map_err(|error| Failure::Usage(format!("{ORIGIN}: {error}")))
-        }
-        Err(
-            CredentialRetrievalError::ConfigNotFound
-            | CredentialRetrievalError::NoCredentialConfigured
-            | CredentialRetrievalError::ConfigReadError,
-        ) => Ok(None),
-        // What helpers say where there is no login; the protocol has no other way to say it.
-        Err(CredentialRetrievalError::HelperFailure { stdout, .. }) if stdout.contains("credentials not found") => {
-            Ok(None)
-        }
-        Err(CredentialRetrievalError::HelperFailure { helper, .. }) => Err(Failure::Usage(format!(
-            "{ORIGIN} gives no login for {host}: the credential helper {helper} failed; {LOG_IN}"
-        ))),
-        Err(error) => Err(Failure::Usage(format!("{ORIGIN} gives no login for {host}: {error}; {LOG_IN}"))),
     }
 }

@@ -9,10 +9,12 @@
 //! | 4 | there is something to do, says a plan |
 //! | 130 | interrupted |
 
+mod check;
 mod completion;
 mod crd;
 mod documents;
 mod import;
+mod logins;
 mod mirrors;
 mod operator;
 mod plan;
@@ -55,6 +57,8 @@ enum Command {
     Sync(sync::Arguments),
     /// Say what a sync of the ImageMirrors in the files would do, and why; change nothing.
     Plan(mirrors::MirrorArguments),
+    /// Say which login is used for which registry, and whether pull and push would work; copy nothing.
+    Check(check::Arguments),
     /// Check the ImageMirrors in the files as the API server and the operator do, without either.
     Validate(validate::Arguments),
     /// Turn the configuration of another program into ImageMirrors, with comments where something has no equal.
@@ -134,6 +138,7 @@ fn dispatch(cli: Cli) -> Result<(), Failure> {
         Command::Operator(arguments) => operator::run(arguments, log_format, log_level),
         Command::Sync(arguments) => logs(log_format, log_level).and_then(|()| sync::run(&arguments)),
         Command::Plan(arguments) => logs(log_format, log_level).and_then(|()| plan::run(&arguments)),
+        Command::Check(arguments) => logs(log_format, log_level).and_then(|()| check::run(&arguments)),
         Command::Validate(arguments) => validate::run(&arguments),
         Command::Import(arguments) => import::run(&arguments),
         Command::Crd => crd::run(),

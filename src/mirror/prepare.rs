@@ -17,7 +17,7 @@ use crate::{
     oci::{Digest, Host, RepositoryName, Tag},
     reason::Reason,
     registry::{Access, Transport},
-    sync::{Destination, ImageRequest, Last, Registries, SelectionRequest, Sources, SyncRequest},
+    sync::{Blocked, Destination, ImageRequest, Last, Registries, SelectionRequest, Sources, SyncRequest},
 };
 
 use super::{
@@ -34,6 +34,8 @@ pub struct Prepared {
     pub selections: Vec<SelectionRequest>,
     /// How the registries are reached.
     pub registries: Registries,
+    /// The repositories that no image is copied from or to.
+    pub blocked: Blocked,
     /// What is missing or cannot be used, in the order of the spec.
     pub problems: Vec<Problem>,
     /// The same as long as the Secrets say the same: a change is a reason to try again.
@@ -80,22 +82,30 @@ pub fn prepare(
         transport: usable(&mirror.target_host),
         credentials: target.clone().unwrap_or_default(),
     };
-    let why_blocked = |host: &Host, repository: &RepositoryName, target_repository: &RepositoryName| {
-        let transport_problem = |host: &Host| transports.get(host).and_then(|found| found.as_ref().err()).cloned();
-        let target_problem = || target_is_unmatched(mirror, &target_access.credentials, target_repository, &gaps);
+    let transport_problem = |host: &Host| transports.get(host).and_then(|found| found.as_ref().err()).cloned();
+    let target_problem = |repository: &RepositoryName| {
+        let unmatched = || target_is_unmatched(mirror, &target_access.credentials, repository, &gaps);
+        target.as_ref().err().cloned().or_else(|| transport_problem(&mirror.target_host)).or_else(unmatched)
+    };
+    let source_problem = |host: &Host, repository: &RepositoryName| {
         let gap = || match logins.get(host) {
             Some(login) => login.as_ref().err().cloned(),
             None if pull.matching(host, repository).is_empty() => gaps.first().cloned(),
             None => None,
         };
-        target
-            .as_ref()
-            .err()
-            .cloned()
-            .or_else(|| transport_problem(&mirror.target_host))
-            .or_else(target_problem)
-            .or_else(|| transport_problem(host))
-            .or_else(gap)
+        transport_problem(host).or_else(gap)
+    };
+    let mut blocked = Blocked::default();
+    let images = mirror.images.iter().map(|it| (&it.source.host, &it.source.repository, &it.target_repository));
+    let selections = mirror.selections.iter().map(|it| (&it.host, &it.repository, &it.target_repository));
+    for (host, repository, target_repository) in images.chain(selections) {
+        let of_source = source_problem(host, repository).map(|problem| ((host.clone(), repository.clone()), problem));
+        blocked.sources.extend(of_source);
+        blocked.targets.extend(target_problem(target_repository).map(|problem| (target_repository.clone(), problem)));
+    }
+    let why_blocked = |host: &Host, repository: &RepositoryName, target_repository: &RepositoryName| {
+        let of_source = || blocked.sources.get(&(host.clone(), repository.clone())).cloned();
+        blocked.targets.get(target_repository).cloned().or_else(of_source)
     };
     let images = mirror.images.iter().map(|image| ImageRequest {
         source: image.source.clone(),
@@ -132,7 +142,7 @@ pub fn prepare(
     });
     let registries =
         Registries { sources: Sources::Registries(sources.collect()), target: Destination::Registry(target_access) };
-    Prepared { request, selections, registries, problems, fingerprint: secrets.fingerprint() }
+    Prepared { request, selections, registries, blocked, problems, fingerprint: secrets.fingerprint() }
 }
 
 /// How target tags were after the last run, as far as the status says. What their digests were made of counts only for

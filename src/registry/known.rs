@@ -25,6 +25,8 @@ pub(super) struct Known {
     /// The referrers API is there, or is not; `None` as long as nobody has asked.
     referrers: Mutex<Option<bool>>,
     first_referrers: AsyncMutex<()>,
+    /// 403 may mean that a manifest is not there.
+    absent_is_forbidden: bool,
     /// Somebody has said so who should know.
     is_told: bool,
     /// It did not say of what it took that it lists it under its subject.
@@ -42,6 +44,7 @@ impl Known {
             resumes: AtomicBool::new(quirks.resumes_uploads),
             referrers: Mutex::new(quirks.referrers_api),
             first_referrers: AsyncMutex::default(),
+            absent_is_forbidden: quirks.absent_is_forbidden,
             is_told: quirks.referrers_api.is_some(),
             ignores_subjects: AtomicBool::new(false),
         }
@@ -126,6 +129,11 @@ impl Known {
     /// Whether there is a referrers API; `None` if nobody has asked yet.
     pub(super) fn referrers_api(&self) -> Option<bool> {
         *self.referrers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether 403 may mean that a manifest is not there.
+    pub(super) fn absent_is_forbidden(&self) -> bool {
+        self.absent_is_forbidden
     }
 
     /// Lets one request find out whether there is a referrers API. `None`: it is known.

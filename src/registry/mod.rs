@@ -10,6 +10,7 @@
 
 mod backend;
 mod body;
+mod check;
 mod client;
 mod counters;
 mod error;
@@ -36,6 +37,7 @@ mod upload;
 
 pub use backend::{BlobOpener, Source, Target};
 pub use body::{BlobStream, Meter};
+pub use check::Probe;
 pub use client::{Client, ClientOptions, HostOptions, Timing};
 pub use counters::{Code, Counters, HostCounters};
 pub use error::{CertificateProblem, Error, ErrorKind, Side, Step};
@@ -46,7 +48,7 @@ pub use network::{Denied, Networks, SURROUNDINGS};
 pub use pace::Floor;
 pub use proxy::{Proxy, ProxyError};
 pub use push::{PutOptions, Stored};
-pub use quirks::{Quirks, UploadStrategy};
+pub use quirks::{Fact, Met, Quirks, UploadStrategy, VENDORS, Vendor};
 pub use repository::{Access, Repository};
 pub use spacing::Quota;
 pub use transport::{Transport, TransportError};

@@ -1,7 +1,8 @@
-//! How registries differ where the specification leaves room, by host. What is not here is learned from their answers;
-//! an administrator overrides it in the operator's configuration.
+//! How registries differ where the specification leaves room: one table, a row for each vendor, each particularity with its
+//! source and how it is met. What is not here is learned from their answers; an administrator overrides the quirks in the
+//! operator's configuration.
 
-use crate::oci::Host;
+use crate::{auth::cloud::Cloud, oci::Host};
 
 /// How a large blob is sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,45 +47,347 @@ pub struct Quirks {
     pub resumes_uploads: bool,
     /// Whether there is a referrers API; `None` to find out.
     pub referrers_api: Option<bool>,
+    /// Whether 403 is its answer to a look at a manifest that is not there, too.
+    pub absent_is_forbidden: bool,
+}
+
+impl Quirks {
+    /// As the specification says.
+    const NONE: Self = Self {
+        upload: UploadStrategy::Put,
+        mounts: true,
+        resumes_uploads: true,
+        referrers_api: None,
+        absent_is_forbidden: false,
+    };
+    /// What was received of a broken upload is gone, or cannot be asked for.
+    const DISCARDS: Self = Self { resumes_uploads: false, ..Self::NONE };
+
+    /// What is known of this host.
+    #[must_use]
+    pub fn of(host: &Host) -> Self {
+        Vendor::of(host).map_or(Self::NONE, |vendor| vendor.quirks)
+    }
 }
 
 impl Default for Quirks {
     fn default() -> Self {
-        Self { upload: UploadStrategy::Put, mounts: true, resumes_uploads: true, referrers_api: None }
+        Self::NONE
     }
 }
 
-impl Quirks {
-    /// What is known of this host.
+/// What is known of the registries of one vendor: a row of [`VENDORS`].
+#[derive(Debug)]
+pub struct Vendor {
+    /// Its name.
+    pub name: &'static str,
+    /// Which hosts are its own. What people run themselves may be at any.
+    hosts: Hosts,
+    /// What the client does otherwise there.
+    pub quirks: Quirks,
+    /// Its page in `docs/registries`.
+    pub page: &'static str,
+    /// What is particular about them.
+    pub facts: &'static [Fact],
+}
+
+/// Something that a registry is known for.
+#[derive(Debug)]
+pub struct Fact {
+    /// What it is.
+    pub what: &'static str,
+    /// Who says so.
+    pub source: &'static str,
+    /// How it is met.
+    pub met: Met,
+}
+
+/// How a particularity is met.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Met {
+    /// By the quirks of the row; an administrator sets them for other hosts (`registries[].quirks`, `uploadStrategy`).
+    Quirk,
+    /// By what the client does at every registry: the case of the catalogue of faults that shows it.
+    Case(&'static str),
+    /// The same; the test that shows it.
+    Test(&'static str),
+    /// By its user: the page says it.
+    Page,
+}
+
+#[derive(Debug)]
+enum Hosts {
+    /// These, and with a `.` before them those that end so.
+    Names(&'static [&'static str]),
+    Cloud(Cloud),
+}
+
+impl Vendor {
+    /// Whose registry this is, as far as its host says.
     #[must_use]
-    pub fn of(host: &Host) -> Self {
-        let host = host.as_str();
-        let default = Self::default();
-        // What these clouds received of a broken upload is gone, or cannot be asked for.
-        let discards = Self { resumes_uploads: false, ..default };
-        match host {
-            "ghcr.io" => Self { referrers_api: Some(false), ..discards },
-            Host::DOCKER_HUB | "gcr.io" => discards,
-            _ if host.ends_with(".gcr.io") || host.ends_with(".pkg.dev") => discards,
-            _ if host.contains(".dkr.ecr.") && host.contains(".amazonaws.com") => discards,
-            // Refuses a large blob in one PUT.
-            _ if host.ends_with(".azurecr.io") => Self { upload: UploadStrategy::Patch, ..discards },
-            _ => default,
-        }
+    pub fn of(host: &Host) -> Option<&'static Self> {
+        let is_one = |name: &&str| host.as_str() == *name || (name.starts_with('.') && host.as_str().ends_with(*name));
+        VENDORS.iter().find(|vendor| match vendor.hosts {
+            Hosts::Names(names) => names.iter().any(is_one),
+            Hosts::Cloud(cloud) => Cloud::of(host) == Some(cloud),
+        })
     }
 }
+
+const fn fact(what: &'static str, source: &'static str, met: Met) -> Fact {
+    Fact { what, source, met }
+}
+
+use Met::{Case, Page, Quirk, Test};
+
+/// What is known of registries, and who says so. Rates are not among it: what vendors publish is about single actions, plans and
+/// accounts; a 429 is obeyed, and an administrator sets `limits.perSecond`.
+pub const VENDORS: &[Vendor] = &[
+    Vendor {
+        name: "Docker Hub",
+        hosts: Hosts::Names(&[Host::DOCKER_HUB]),
+        quirks: Quirks::DISCARDS,
+        page: "docker-hub.md",
+        facts: &[
+            fact(
+                "the API is at registry-1.docker.io, logins are kept under https://index.docker.io/v1/",
+                "https://docs.docker.com/reference/cli/docker/login/",
+                Test("pull_secrets_as_they_are_made_for_every_registry_open_it"),
+            ),
+            fact(
+                "a GET of a manifest is a pull, a HEAD is none",
+                "https://docs.docker.com/docker-hub/usage/pulls/",
+                Test("the_registries_count_no_request_that_could_be_left_out"),
+            ),
+            fact(
+                "a HEAD may come without a digest",
+                "https://github.com/opencontainers/distribution-spec/blob/main/spec.md#checking-if-content-exists-in-the-registry",
+                Case("Q-no-digest-old"),
+            ),
+            fact(
+                "a mount may be answered 401",
+                "https://github.com/google/go-containerregistry/issues/1404",
+                Case("Q-mount-other-401"),
+            ),
+            fact(
+                "an upload that broke cannot be asked for, which was optional for long",
+                "https://github.com/opencontainers/distribution-spec/pull/366",
+                Quirk,
+            ),
+        ],
+    },
+    Vendor {
+        name: "GitHub Container Registry",
+        hosts: Hosts::Names(&["ghcr.io"]),
+        quirks: Quirks { referrers_api: Some(false), ..Quirks::DISCARDS },
+        page: "ghcr.md",
+        facts: &[
+            fact("no referrers API", "https://github.com/actions/attest-build-provenance/issues/71", Quirk),
+            fact(
+                "pieces of a PATCH have 4 MiB at most",
+                "https://github.com/oras-project/rust-oci-client/pull/37",
+                Test("what_is_too_much_at_once_is_sent_in_pieces_from_then_on"),
+            ),
+            fact(
+                "mounts are for packages of one owner",
+                "https://docs.github.com/packages/learn-github-packages/about-permissions-for-github-packages",
+                Case("Q-mount-other-403"),
+            ),
+            fact(
+                "a package is created by those whom its owner lets",
+                "https://docs.github.com/packages/learn-github-packages/about-permissions-for-github-packages",
+                Case("Q-create-403"),
+            ),
+        ],
+    },
+    Vendor {
+        name: "Amazon ECR",
+        hosts: Hosts::Cloud(Cloud::Aws),
+        quirks: Quirks::DISCARDS,
+        page: "ecr.md",
+        facts: &[
+            fact(
+                "a password is a token that ends",
+                "https://docs.aws.amazon.com/AmazonECR/latest/userguide/registry_auth.html",
+                Test("pull_secrets_as_they_are_made_for_every_registry_open_it"),
+            ),
+            fact(
+                "a repository is there before it is pushed to",
+                "https://docs.aws.amazon.com/AmazonECR/latest/userguide/docker-push-ecr-image.html",
+                Case("Q-create-404"),
+            ),
+            fact(
+                "tags may be immutable",
+                "https://docs.aws.amazon.com/AmazonECR/latest/userguide/image-tag-mutability.html",
+                Case("R24-others"),
+            ),
+            fact(
+                "what a PATCH says to have arrived is stale",
+                "https://github.com/aws/containers-roadmap/issues/2831",
+                Quirk,
+            ),
+            fact(
+                "a PATCH is answered 201",
+                "https://github.com/opencontainers/distribution-spec/pull/67",
+                Case("Q-patch-201"),
+            ),
+            fact(
+                "mounting is off unless it is switched on",
+                "https://docs.aws.amazon.com/AmazonECR/latest/userguide/blob-mounting.html",
+                Case("Q-mount-202"),
+            ),
+            fact(
+                "quotas are per action and region",
+                "https://docs.aws.amazon.com/AmazonECR/latest/userguide/service-quotas.html",
+                Case("R13-once"),
+            ),
+        ],
+    },
+    Vendor {
+        name: "Azure Container Registry",
+        hosts: Hosts::Cloud(Cloud::Azure),
+        // Refuses a large blob in one PUT.
+        quirks: Quirks { upload: UploadStrategy::Patch, ..Quirks::DISCARDS },
+        page: "acr.md",
+        facts: &[
+            fact(
+                "an Entra token is exchanged at the registry",
+                "https://github.com/Azure/acr/blob/main/docs/AAD-OAuth.md",
+                Test("a_token_without_a_user_name_is_exchanged_at_the_registry"),
+            ),
+            fact("a large blob in one PUT is refused", "https://github.com/goharbor/harbor/issues/23015", Quirk),
+            fact(
+                "reads and writes a minute are limited by tier",
+                "https://learn.microsoft.com/azure/container-registry/container-registry-skus",
+                Case("R12-seconds"),
+            ),
+        ],
+    },
+    Vendor {
+        name: "Google Artifact Registry and Container Registry",
+        hosts: Hosts::Cloud(Cloud::Gcp),
+        quirks: Quirks::DISCARDS,
+        page: "gar.md",
+        facts: &[
+            fact(
+                "the user is _json_key or oauth2accesstoken",
+                "https://cloud.google.com/artifact-registry/docs/docker/authentication",
+                Test("pull_secrets_as_they_are_made_for_every_registry_open_it"),
+            ),
+            fact(
+                "uploads are monolithic",
+                "https://cloud.google.com/artifact-registry/docs/docker/pushing-and-pulling",
+                Quirk,
+            ),
+            fact(
+                "mounts are seldom honoured",
+                "https://github.com/google/go-containerregistry/blob/main/pkg/v1/remote/write.go",
+                Case("Q-mount-202"),
+            ),
+        ],
+    },
+    Vendor {
+        name: "Quay",
+        hosts: Hosts::Names(&["quay.io"]),
+        quirks: Quirks::NONE,
+        page: "quay.md",
+        facts: &[
+            fact(
+                "a mount without `from` fails",
+                "https://github.com/google/go-containerregistry/blob/main/pkg/v1/remote/write.go",
+                Case("Q-mount-from"),
+            ),
+            fact("429 is for a token", "https://docs.quay.io/issues/429.html", Case("R13-manifest")),
+        ],
+    },
+    Vendor {
+        name: "Harbor",
+        hosts: Hosts::Names(&[]),
+        quirks: Quirks::NONE,
+        page: "harbor.md",
+        facts: &[
+            fact(
+                "a robot has a `$` in its name",
+                "https://goharbor.io/docs/main/working-with-projects/project-configuration/create-robot-accounts/",
+                Test("pull_secrets_as_they_are_made_for_every_registry_open_it"),
+            ),
+            fact(
+                "401 is the answer for a project that is not there",
+                "https://github.com/goharbor/harbor/issues/966",
+                Case("R11"),
+            ),
+            fact("a project must exist", "https://goharbor.io/docs/main/working-with-projects/create-projects/", Page),
+        ],
+    },
+    Vendor {
+        name: "Artifactory",
+        hosts: Hosts::Names(&[".jfrog.io"]),
+        quirks: Quirks { absent_is_forbidden: true, ..Quirks::NONE },
+        page: "artifactory.md",
+        facts: &[
+            fact(
+                "403 is the answer to HEAD of a manifest that is not there",
+                "https://jfrog.atlassian.net/browse/RTFACT-13797",
+                Quirk,
+            ),
+            fact(
+                "an index is refused before its manifests are there",
+                "https://jfrog.com/help/r/jfrog-artifactory-documentation/docker-registry",
+                Case("R22-child-always"),
+            ),
+        ],
+    },
+    Vendor {
+        name: "GitLab",
+        hosts: Hosts::Names(&["registry.gitlab.com"]),
+        quirks: Quirks::NONE,
+        page: "gitlab.md",
+        facts: &[
+            fact(
+                "the token server is GitLab itself",
+                "https://docs.gitlab.com/administration/packages/container_registry/",
+                Test("pull_secrets_as_they_are_made_for_every_registry_open_it"),
+            ),
+            fact(
+                "a path begins with a group and a project, and has so many parts at most",
+                "https://docs.gitlab.com/user/packages/container_registry/",
+                Page,
+            ),
+        ],
+    },
+    Vendor {
+        name: "distribution",
+        hosts: Hosts::Names(&[]),
+        quirks: Quirks::NONE,
+        page: "README.md",
+        facts: &[
+            fact(
+                "giving an upload up needs the right to delete",
+                "https://github.com/distribution/distribution/blob/main/registry/handlers/app.go",
+                Case("R25-cancel"),
+            ),
+            fact(
+                "an index without all its manifests is refused unless it is configured so",
+                "https://distribution.github.io/distribution/about/configuration/#validation",
+                Test("a_refused_form_is_told_by_what_the_manifest_is"),
+            ),
+        ],
+    },
+];
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn clouds_are_known_by_their_hosts_and_others_are_as_the_specification_says() {
+    fn registries_are_known_by_their_hosts_and_others_are_as_the_specification_says() {
         let of = |host: &str| Quirks::of(&host.parse().unwrap());
         assert_eq!(of("registry.example.com"), Quirks::default());
         assert_eq!(of("team.azurecr.io").upload, UploadStrategy::Patch);
         assert_eq!(of("ghcr.io").referrers_api, Some(false));
-        for host in ["docker.io", "eu.gcr.io", "europe-docker.pkg.dev", "1234.dkr.ecr.eu-west-1.amazonaws.com"] {
+        assert!(of("team.jfrog.io").absent_is_forbidden && !of("jfrog.io").absent_is_forbidden);
+        for host in ["docker.io", "eu.gcr.io", "europe-docker.pkg.dev", "123456789012.dkr.ecr.eu-west-1.amazonaws.com"]
+        {
             assert!(!of(host).resumes_uploads, "{host}");
         }
         assert!(of("azurecr.io.example.com").resumes_uploads && of("notgcr.io").resumes_uploads);

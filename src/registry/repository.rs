@@ -157,6 +157,8 @@ impl Repository {
         request.headers.insert(ACCEPT_HEADER, HeaderValue::from_static(ACCEPT));
         let response = match self.execute(&request).await {
             Err(error) if error.is_not_found() => return Ok(None),
+            // Whoever may not look at all is told so by the next request.
+            Err(error) if error.status_code() == 403 && self.known().absent_is_forbidden() => return Ok(None),
             other => other?,
         };
         match content_digest(response.inner.headers()) {

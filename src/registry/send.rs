@@ -111,6 +111,10 @@ impl Authorization {
         !matches!(&self.kind, AuthorizationKind::Token(token) if !token.is_fresh())
     }
 
+    pub(super) fn token(&self) -> Option<&Token> {
+        if let AuthorizationKind::Token(token) = &self.kind { Some(token) } else { None }
+    }
+
     pub(super) fn header(&self) -> Option<HeaderValue> {
         let value = match &self.kind {
             AuthorizationKind::Nothing => return None,

@@ -12,6 +12,7 @@ mod bounds;
 mod cases;
 mod catalogue;
 mod chart;
+mod check;
 mod clouds;
 mod compatibility;
 mod credentials;

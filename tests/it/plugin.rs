@@ -37,7 +37,7 @@ impl<'a> Plugin<'a> {
         command
     }
 
-    fn show(&self, session: &mut Session<'_>, arguments: &str) -> Result<String> {
+    pub(crate) fn show(&self, session: &mut Session<'_>, arguments: &str) -> Result<String> {
         session.run(&format!("kubectl imagemirror {arguments}"), &mut self.command(arguments))
     }
 }

@@ -186,7 +186,15 @@ async fn no_secret_is_in_any_log_event_status_metric_output_or_argument() -> Res
     let text: Vec<String> = documents.iter().map(Value::to_string).collect();
     let path = place.env.run_dir.join(format!("{}.yaml", place.namespace));
     std::fs::write(&path, text.join("\n---\n"))?;
-    let commands = [&["validate"][..], &["plan"], &["plan", "-o", "json"], &["sync"], &["sync", "-o", "json"]];
+    let commands = [
+        &["validate"][..],
+        &["plan"],
+        &["plan", "-o", "json"],
+        &["check"],
+        &["check", "-o", "json"],
+        &["sync"],
+        &["sync", "-o", "json"],
+    ];
     let outputs = commands.map(|arguments| {
         let mut command = Command::new(env!("CARGO_BIN_EXE_imagemirror"));
         command.args(["--log-level", TALKATIVE]).args(arguments).arg("-f").arg(&path);

@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, error::Error as _, path::PathBuf, sync::Arc, ti
 use clap::Args;
 use k8s_openapi::api::core::v1::{Secret, ServiceAccount};
 use kube::{
-    Api, Client, Config,
+    Api, Client, Config, ResourceExt as _,
     api::{Patch, PatchParams},
     config::{KubeConfigOptions, Kubeconfig},
 };
@@ -17,7 +17,7 @@ use crate::{
     auth::cloud::Principal,
     cli::{Failure, operator::can_be_read},
     controller::{api_words, identity::ServiceAccountTokens},
-    mirror::{Account, Problem, Secrets, ValidatedMirror, is_object_name},
+    mirror::{Account, Problem, Secrets, ValidatedMirror, is_object_name, validate},
     reason::Reason,
 };
 
@@ -89,6 +89,14 @@ impl Cluster {
             return Err(Failure::Usage(format!("{name:?} is not the name of an ImageMirror; correct it")));
         }
         self.ask(&format!("ImageMirror {name:?} cannot be read"), self.mirrors().get(name)).await
+    }
+
+    /// What a mirror of the namespace says, if it can be carried out.
+    pub(super) fn validated(&self, mirror: &ImageMirror) -> Result<ValidatedMirror, Failure> {
+        validate(mirror).map_err(|error| {
+            let place = format!("{}/{}", self.namespace, mirror.name_any());
+            Failure::Failed(format!("ImageMirror {place} is invalid: {error}"))
+        })
     }
 
     pub(super) async fn patch(&self, name: &str, patch: &Value) -> Result<ImageMirror, Failure> {

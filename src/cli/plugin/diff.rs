@@ -5,7 +5,7 @@ use clap::Args;
 use super::cluster::Cluster;
 use crate::{
     cli::{Failure, Output, mirrors::Outcome, plan, signals},
-    mirror::{last_digests, prepare, validate},
+    mirror::{last_digests, prepare},
     registry::{Client, ClientOptions, Transport},
     sync::{choose, preview},
 };
@@ -22,10 +22,7 @@ pub(super) struct Arguments {
 pub(super) async fn run(cluster: &Cluster, arguments: &Arguments) -> Result<(), Failure> {
     let cancel = signals();
     let found = cluster.get(&arguments.name).await?;
-    let mirror = validate(&found).map_err(|error| {
-        let place = format!("{}/{}", cluster.namespace, arguments.name);
-        Failure::Failed(format!("ImageMirror {place} is invalid: {error}"))
-    })?;
+    let mirror = cluster.validated(&found)?;
     let secrets = cluster.secrets(&mirror).await?;
     let last = last_digests(&mirror, &found.status.unwrap_or_default());
     let prepared = prepare(&mirror, &secrets, |_| Transport::default(), &last);

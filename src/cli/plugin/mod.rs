@@ -10,6 +10,7 @@
 //! | 4 | `diff`: there is something to do |
 //! | 130 | interrupted |
 
+mod check;
 mod cluster;
 mod diff;
 mod list;
@@ -51,6 +52,9 @@ enum Command {
     /// Say what a sync of an ImageMirror would do, and why; change nothing. Asks the registries from here, with the Secrets
     /// that the ImageMirror names.
     Diff(diff::Arguments),
+    /// Say which login is used for which registry, and whether pull and push would work; copy nothing. Asks the registries
+    /// from here, with the Secrets that the ImageMirror names.
+    Check(check::Arguments),
 }
 
 pub(super) fn run(plugin: Plugin) -> Result<(), Failure> {
@@ -64,6 +68,7 @@ pub(super) fn run(plugin: Plugin) -> Result<(), Failure> {
             Command::Suspend(arguments) => suspend::run(&cluster, &arguments, true).await,
             Command::Resume(arguments) => suspend::run(&cluster, &arguments, false).await,
             Command::Diff(arguments) => diff::run(&cluster, &arguments).await,
+            Command::Check(arguments) => check::run(&cluster, &arguments).await,
         }
     })
 }

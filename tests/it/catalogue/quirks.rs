@@ -1,7 +1,12 @@
 //! What registries are known for beside the specification.
 
+use std::{collections::HashSet, path::Path};
+
 use anyhow::{Result, ensure};
-use imagemirror::reason::Reason;
+use imagemirror::{
+    reason::Reason,
+    registry::{Client, Fact, HostOptions, Met, Quirks, UploadStrategy, VENDORS},
+};
 use testenv::{
     RegistryOptions, RegistryServer,
     images::Image,
@@ -17,7 +22,95 @@ use super::bench::{
 use crate::cases::{image, sync_with};
 
 pub(super) fn rows() -> Vec<Row> {
-    [mounts(), headers()].into_iter().flatten().collect()
+    [mounts(), headers(), answers()].into_iter().flatten().collect()
+}
+
+/// What the rows of the table of vendors are met by, where no other row of the catalogue is.
+fn answers() -> Vec<Row> {
+    let forbidden = refusal(403, "DENIED");
+    let hidden = forbidden.clone();
+    vec![
+        row("Q-patch-201", "a PATCH that is answered 201", async move |bench: Bench| {
+            let patch = Matcher::new().method("PATCH");
+            bench.target.rule(patch.clone(), Action::SetStatus(201));
+            bench
+                .copied(
+                    &bench
+                        .copy_with(
+                            &knowing(&bench, Quirks { upload: UploadStrategy::Patch, ..Quirks::default() })?,
+                            &bench.to,
+                        )
+                        .await?,
+                    &bench.to,
+                    &IMAGE,
+                )
+                .await?;
+            ensure!(bench.target.count(&patch) == 1, "{}", lines(&bench.target));
+            Ok(())
+        }),
+        row("Q-absent-403", "a target that forbids to look at what is not there", async move |bench: Bench| {
+            bench.target.rule(head_manifest(), hidden);
+            let client = knowing(&bench, Quirks { absent_is_forbidden: true, ..Quirks::default() })?;
+            bench.copied(&bench.copy_with(&client, &bench.to).await?, &bench.to, &IMAGE).await
+        }),
+        fault("Q-absent-403-other", "403 is no absence at other registries")
+            .at(Target, head_manifest(), forbidden.clone())
+            .fails(&[Reason::PermissionDenied])
+            .into(),
+        fault("Q-create-403", "a repository that may not be created")
+            .at(Target, post(), forbidden)
+            .fails(&[Reason::PermissionDenied])
+            .seen(Target, put_blobs(), 0..=0)
+            .into(),
+        fault("Q-create-404", "a repository that has to be there before")
+            .at(Target, post(), refusal(404, "NAME_UNKNOWN"))
+            .fails(&[Reason::RepositoryMissing])
+            .seen(Target, put_blobs(), 0..=0)
+            .into(),
+        row("Q-mount-from", "no mount is asked for without the repository to mount from", async |bench: Bench| {
+            bench.copied(&bench.copy().await?, &bench.to, &IMAGE).await?;
+            let asked = bench.target.requests();
+            let mounts: Vec<&str> =
+                asked.iter().map(|exchange| exchange.path.as_str()).filter(|path| path.contains("mount=")).collect();
+            ensure!(!mounts.is_empty() && mounts.iter().all(|path| path.contains("from=")), "{mounts:?}");
+            Ok(())
+        }),
+    ]
+}
+
+/// A client of an administrator who knows this of the target.
+fn knowing(bench: &Bench, quirks: Quirks) -> Result<Client> {
+    let mut options = super::bench::options();
+    let host = HostOptions { quirks: Some(quirks), ..HostOptions::default() };
+    options.hosts.insert(bench.target.host().parse()?, host);
+    Ok(Client::new(options))
+}
+
+/// Each particularity of a vendor names who says so, and what shows that it is met.
+#[test]
+fn what_registries_are_known_for_is_met_and_shown() -> Result<()> {
+    let ids: HashSet<String> = super::rows().into_iter().map(|row| row.id).collect();
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut sources = String::new();
+    for folder in ["tests/it", "tests/it/clouds", "src/copy"] {
+        for file in std::fs::read_dir(root.join(folder))?.filter_map(Result::ok).filter(|file| file.path().is_file()) {
+            sources += &std::fs::read_to_string(file.path())?;
+        }
+    }
+    for vendor in VENDORS {
+        let page = root.join("docs/registries").join(vendor.page);
+        ensure!(page.is_file() && !vendor.facts.is_empty(), "{} has no page, or nothing is known of it", vendor.name);
+        for Fact { what, source, met } in vendor.facts {
+            let is_shown = match met {
+                Met::Quirk => vendor.quirks != Quirks::default(),
+                Met::Case(id) => ids.contains(*id),
+                Met::Test(name) => sources.contains(&format!("fn {name}(")),
+                Met::Page => true,
+            };
+            ensure!(is_shown && source.starts_with("https://"), "{}: {what}: {met:?} of {source}", vendor.name);
+        }
+    }
+    Ok(())
 }
 
 fn mounts() -> Vec<Row> {

@@ -4,6 +4,8 @@
 
 mod aws;
 mod azure;
+mod guides;
+mod logins;
 
 use anyhow::{Context as _, Result};
 use serde_json::Value;

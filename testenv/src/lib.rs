@@ -19,6 +19,7 @@ mod gzip;
 pub mod hostile;
 pub mod hosts;
 pub mod images;
+pub mod oidc;
 mod pace;
 pub mod process;
 pub mod proxy;

@@ -56,8 +56,13 @@ pub(crate) fn reads(env: &Env, namespace: &str, secret: &str) -> Result<Vec<Time
 }
 
 /// What was asked that no operator may ask: Secrets and ServiceAccounts are read one by one, by name, where objects are that
-/// it serves. Unless it was told to watch Secrets, there.
-pub(crate) fn trespasses(env: &Env, namespace: &str, watched: &[String], watches_secrets: bool) -> Vec<String> {
+/// it serves. Unless it was told to watch Secrets, there, or to make tokens of ServiceAccounts.
+pub(crate) fn trespasses(
+    env: &Env,
+    namespace: &str,
+    watched: &[String],
+    [watches_secrets, makes_tokens]: [bool; 2],
+) -> Vec<String> {
     let all = match asked(env, namespace) {
         Ok(all) => all,
         Err(error) => return vec![format!("{error:#}")],
@@ -67,7 +72,8 @@ pub(crate) fn trespasses(env: &Env, namespace: &str, watched: &[String], watches
         let is_read = asked.verb == "get" && !asked.name.is_empty();
         let is_watch =
             watches_secrets && asked.resource == "secrets" && (asked.verb == "list" || asked.verb == "watch");
-        is_known && (is_read || is_watch) && watched.contains(&asked.namespace)
+        let is_token = makes_tokens && asked.resource == "serviceaccounts/token" && asked.verb == "create";
+        ((is_known && (is_read || is_watch)) || is_token) && watched.contains(&asked.namespace)
     };
     all.into_iter().filter(|asked| !is_fine(asked)).map(|asked| format!("{asked:?}")).collect()
 }

@@ -45,6 +45,7 @@ pub(crate) struct Place {
     /// The namespaces that operators of this place serve.
     served: Mutex<Vec<String>>,
     watches_secrets: AtomicBool,
+    makes_tokens: AtomicBool,
 }
 
 /// A status that breaks a rule fails the test that it was written in.
@@ -55,8 +56,8 @@ impl Drop for Place {
             violations.truncate(10);
             assert!(violations.is_empty(), "statuses that break a rule:\n{}", violations.join("\n"));
             let served = self.served.lock().map(|served| served.clone()).unwrap_or_default();
-            let trespasses =
-                trespasses(self.env, &self.namespace, &served, self.watches_secrets.load(Ordering::Relaxed));
+            let may = [&self.watches_secrets, &self.makes_tokens].map(|right| right.load(Ordering::Relaxed));
+            let trespasses = trespasses(self.env, &self.namespace, &served, may);
             assert!(trespasses.is_empty(), "what no operator may ask:\n{}", trespasses.join("\n"));
         }
     }
@@ -88,9 +89,10 @@ impl Place {
         std::fs::write(&kubeconfig, env.kubeconfig_for(token.trim()))?;
         let statuses = Watch::start(env, &namespace);
         let served = Mutex::new(vec![namespace.clone()]);
-        let watches_secrets = AtomicBool::new(false);
+        let (watches_secrets, makes_tokens) = (AtomicBool::new(false), AtomicBool::new(false));
         let prefix = format!("{test}-{suffix}");
-        let place = Self { env, client, namespace, prefix, kubeconfig, statuses, served, watches_secrets };
+        let place =
+            Self { env, client, namespace, prefix, kubeconfig, statuses, served, watches_secrets, makes_tokens };
         place.pull_secret("pull", &[&env.source]).await?;
         place.pull_secret("push", &[&env.target]).await?;
         place.secret("ca", "Opaque", &[("ca.crt", &env.ca_pem)]).await?;
@@ -133,6 +135,12 @@ impl Place {
     pub(crate) fn watch_secrets(&self) -> Result<()> {
         self.watches_secrets.store(true, Ordering::Relaxed);
         install_rbac(self.env, &self.namespace, &[&self.namespace], ",secrets.watch=true")
+    }
+
+    /// Lets operators of this place make tokens of `ServiceAccount`s.
+    pub(crate) fn make_tokens(&self) -> Result<()> {
+        self.makes_tokens.store(true, Ordering::Relaxed);
+        install_rbac(self.env, &self.namespace, &[&self.namespace], ",serviceAccountTokens.create=true")
     }
 
     /// An operator with more of a configuration than its timing.

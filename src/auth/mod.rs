@@ -30,7 +30,7 @@ mod token;
 
 pub use challenge::Challenge;
 pub use credential::Credential;
-pub use exchange::{BoxError, Exchange, ExchangeError, Http, Identity, Issued, Unusable};
+pub use exchange::{BoxError, Exchange, ExchangeError, Http, Identity, Issued, ToMetadata, Unusable};
 pub use realm::realm_is_trusted;
 pub use store::{ConfigError, CredentialStore};
 pub use token::{NextLogin, Scope, Token, TokenCache, TokenError, TokenKey};

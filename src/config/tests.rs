@@ -69,6 +69,7 @@ fn wrong_values_are_refused_with_their_key() {
         ("watchNamespaces: [a, B]", "watchNamespaces[1]: \"B\" is no name"),
         ("watchNamespaces: [a, a]", "watchNamespaces[1]: \"a\" is there twice"),
         ("identityNamespaces: [a, '*']", "identityNamespaces[1]: \"*\" is no name"),
+        ("gcp: {workloadIdentity: my-cluster}", "gcp.workloadIdentity: write projects/PROJECT/"),
         ("log: {level: inof}", "log.level: invalid log level"),
         ("log: {format: xml}", "xml"),
         ("metrics: {certFile: a}", "metrics.keyFile: is absent"),

@@ -136,6 +136,8 @@ struct Inner {
     options: ClientOptions,
     networks: Arc<Networks>,
     pools: Pools,
+    /// Where no network is closed.
+    open_pools: Pools,
     tokens: TokenCache,
     limits: Mutex<HashMap<String, Arc<HostLimits>>>,
     known: Mutex<HashMap<String, Arc<Known>>>,
@@ -159,6 +161,7 @@ impl Client {
             memory: Memory::new(options.memory.unwrap_or(Memory::DEFAULT)),
             options,
             pools: Pools::default(),
+            open_pools: Pools::default(),
             tokens: TokenCache::default(),
             limits: Mutex::default(),
             known: Mutex::default(),
@@ -180,6 +183,11 @@ impl Client {
         credentials: &[Arc<Credential>],
     ) -> Result<reqwest::Client, TransportError> {
         self.inner.pools.get(transport, credentials, self.timing(), &self.inner.networks)
+    }
+
+    /// The same with no network closed, for what nobody but the administrator has a say in.
+    pub(super) fn http_to_metadata(&self, transport: &Transport) -> Result<reqwest::Client, TransportError> {
+        self.inner.open_pools.get(transport, &[], self.timing(), &Arc::default())
     }
 
     /// How a host is reached that is no registry.

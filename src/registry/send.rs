@@ -35,6 +35,8 @@ use crate::auth::{Challenge, Credential, Scope, Token, TokenKey, realm_is_truste
 /// Repetitions of a request, the first one aside.
 const MAX_RETRIES: u32 = 4;
 const MAX_REDIRECTS: u32 = 5;
+/// Where clouds tell a machine who it is.
+const METADATA: [&str; 1] = ["169.254.169.254"];
 /// What token servers know us by.
 const CLIENT_ID: &str = "imagemirror";
 /// Smaller bodies are not counted: as many as there may be requests in flight take little.
@@ -184,7 +186,7 @@ impl Repository {
                     since = None;
                     continue;
                 }
-                Err(error) => return Err(error),
+                Err(error) => return Err(self.advised(error, index)),
             };
             let answer = self.follow(request, &authorization).await;
             known.contacted();
@@ -233,8 +235,17 @@ impl Repository {
                     }
                 }
             }
-            return Err(error);
+            return Err(self.advised(error, index));
         }
+    }
+
+    /// A refusal of a login that was exchanged, with what to do.
+    fn advised(&self, mut error: Error, index: usize) -> Error {
+        if is_refusal(error.status()) && error.advice.is_none() {
+            let exchange = self.credential(index).and_then(|written| written.exchange());
+            error.advice = exchange.and_then(|exchange| exchange.advice()).map(str::to_owned);
+        }
+        error
     }
 
     /// Sends one request and follows its redirects. Credentials stay with the registry.
@@ -270,7 +281,7 @@ impl Repository {
     }
 
     async fn dispatch(&self, request: &Request, url: Url, authorization: &Authorization) -> Result<Response, Error> {
-        self.dispatch_over(self.http(), self.dialled(&url), request, &url, authorization).await
+        self.dispatch_over(self.http(), Some(self.dialled(&url)), request, &url, authorization).await
     }
 
     /// Sends a request to a host that is perhaps not the registry, as the administrator says that it is reached.
@@ -286,19 +297,33 @@ impl Repository {
         };
         let http = self.client().http(&transport, self.credentials()).map_err(setup)?;
         let dialled = transport.proxy.as_deref().map_or(url, Proxy::address);
-        self.dispatch_over(&http, dialled, request, url, &nothing).await
+        self.dispatch_over(&http, Some(dialled), request, url, &nothing).await
+    }
+
+    /// Asks who this machine is where a cloud tells it, whatever networks are closed.
+    pub(super) async fn send_to_metadata(&self, request: &Request) -> Result<Response, Error> {
+        let (url, nothing) = (&request.url, Authorization::nothing());
+        let host = host_of(url);
+        let fail = |kind| Error::new(kind, request.step, &host, &request.subject);
+        if !METADATA.contains(&host.as_str()) {
+            return Err(fail(ErrorKind::Setup("no cloud's metadata is there".to_owned())));
+        }
+        let transport = self.client().transport(&host);
+        let setup = |error: TransportError| fail(ErrorKind::Setup(error.to_string()));
+        let http = self.client().http_to_metadata(&transport).map_err(setup)?;
+        self.dispatch_over(&http, None, request, url, &nothing).await
     }
 
     async fn dispatch_over(
         &self,
         http: &reqwest::Client,
-        dialled: &Url,
+        checked: Option<&Url>,
         request: &Request,
         url: &Url,
         authorization: &Authorization,
     ) -> Result<Response, Error> {
         let host = host_of(url);
-        if let Err(denied) = self.client().networks().check_url(dialled) {
+        if let Some(Err(denied)) = checked.map(|dialled| self.client().networks().check_url(dialled)) {
             return Err(Error::new(ErrorKind::Denied(denied), request.step, &host, &request.subject));
         }
         let permit = self.place(&host, &authorization.identity, request).await?;

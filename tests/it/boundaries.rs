@@ -40,7 +40,9 @@ fn the_environment_is_read_in_one_place() -> Result<()> {
     let mut found = Vec::new();
     sources(&Path::new(ROOT).join("src"), &mut found)?;
     for (path, text) in found {
-        ensure!(!text.contains("env::var"), "{path} reads the environment");
+        // One variable of Azure's own, whose others its crate reads by itself.
+        let expected = usize::from(path.ends_with("src/auth/cloud/entra.rs"));
+        ensure!(text.matches("env::var").count() == expected, "{path} reads the environment");
     }
     Ok(())
 }

@@ -23,7 +23,10 @@ pub use timing::Timing;
 
 use crate::{
     api::parse_duration,
-    auth::{NewRepository, cloud::EcrHost},
+    auth::{
+        NewRepository,
+        cloud::{EcrHost, GcpTrust, GcpTrustError},
+    },
     oci::Host,
     registry::{
         self, ClientOptions, Floor, HostOptions, Memory, Networks, Proxy, Quirks, Transport, TransportError,
@@ -60,6 +63,8 @@ pub struct Config {
     pub watch_namespaces: Vec<String>,
     /// The namespaces whose objects may log in to registries of clouds with the operator's own identity.
     pub identity_namespaces: Vec<String>,
+    /// By what Google knows the cluster.
+    pub gcp_trust: Option<GcpTrust>,
     /// Whether Secrets are watched, so that what waits for one goes on at once.
     pub watch_secrets: bool,
     /// Every duration.
@@ -198,6 +203,7 @@ impl Default for Config {
             networks: Networks::closed(Vec::new(), Vec::new()),
             watch_namespaces: Vec::new(),
             identity_namespaces: Vec::new(),
+            gcp_trust: None,
             watch_secrets: false,
             timing: Timing::default(),
             log: Log::default(),
@@ -349,6 +355,7 @@ struct File {
     networks: NetworksEntry,
     watch_namespaces: Vec<String>,
     identity_namespaces: Vec<String>,
+    gcp: GcpEntry,
     secrets: SecretsEntry,
     timing: BTreeMap<String, String>,
     log: LogEntry,
@@ -463,6 +470,19 @@ struct SecretsEntry {
 }
 
 #[derive(Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "camelCase")]
+struct GcpEntry {
+    workload_identity: Option<String>,
+}
+
+impl GcpEntry {
+    fn validate(&self) -> Result<Option<GcpTrust>, Wrong> {
+        let wrong = |error: GcpTrustError| Wrong::new("gcp.workloadIdentity", error.to_string());
+        self.workload_identity.as_deref().map(str::parse).transpose().map_err(wrong)
+    }
+}
+
+#[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct LogEntry {
     format: Option<Format>,
@@ -543,6 +563,7 @@ impl File {
             networks: self.networks.validate()?,
             watch_namespaces: self.watch_namespaces,
             identity_namespaces: self.identity_namespaces,
+            gcp_trust: self.gcp.validate()?,
             watch_secrets: self.secrets.watch,
             timing: timing(&self.timing)?,
             log,

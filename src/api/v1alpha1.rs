@@ -300,7 +300,7 @@ pub struct Registry {
     pub host: String,
     /// Log in with an identity of the cloud whose registry this is, in place of pull secrets: that of the ServiceAccount in
     /// serviceAccountName, else the operator's own, if the administrator lets this namespace use it. Only for hosts of that
-    /// cloud. When absent: generic, which is pull secrets.
+    /// cloud, with TLS and the certificates that the administrator trusts. When absent: generic, which is pull secrets.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub provider: Option<Provider>,
     /// Talk HTTP without TLS. When absent: false.

@@ -8,7 +8,7 @@ use std::{collections::BTreeMap, fmt, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use futures::future::BoxFuture;
-use secrecy::SecretString;
+use secrecy::{ExposeSecret as _, SecretString};
 
 use super::Credential;
 use crate::{oci::RepositoryName, reason::Reason};
@@ -17,6 +17,11 @@ use crate::{oci::RepositoryName, reason::Reason};
 pub trait Exchange: fmt::Debug + Send + Sync {
     /// A login that the registry takes. Whoever asks remembers it, and asks again before it ends.
     fn exchange(&self, http: Arc<dyn Http>) -> BoxFuture<'_, Result<Issued, ExchangeError>>;
+
+    /// What to do where a registry refuses what came of it, in one clause. None: to look into the Secret that it is of.
+    fn advice(&self) -> Option<&'static str> {
+        None
+    }
 
     /// Makes a repository, where the same login may do that and pushes need it. One that is there is as good.
     fn create_repository<'a>(
@@ -51,17 +56,16 @@ pub struct Issued {
     pub life: Duration,
 }
 
+/// Marks a request (its extensions) that may go to where a cloud tells the machine who it is. That is closed to everybody
+/// (see [`Networks`](crate::registry::Networks)) but the program's own identity, and nothing that a user writes is in such
+/// a request.
+#[derive(Clone, Copy, Debug)]
+pub struct ToMetadata;
+
 /// Sends single requests, with neither redirects nor repetition.
 pub trait Http: fmt::Debug + Send + Sync {
     /// Sends one. An answer of any status is one; its body is at most 64 KiB.
     fn send(&self, request: http::Request<Bytes>) -> BoxFuture<'_, Result<http::Response<Bytes>, BoxError>>;
-
-    /// The same where this program asks who it is itself: at addresses that are closed for everybody else, and that nobody
-    /// but its own surroundings name.
-    fn send_as_the_program(
-        &self,
-        request: http::Request<Bytes>,
-    ) -> BoxFuture<'_, Result<http::Response<Bytes>, BoxError>>;
 }
 
 /// Somebody whom a cloud believes by a signed token (`OpenID` Connect), such as a `ServiceAccount`.
@@ -102,6 +106,37 @@ pub enum ExchangeError {
     /// There is no point in asking.
     #[error("{0}")]
     Unusable(#[from] Unusable),
+    /// One of these, of which it is known what to do.
+    #[error("{error}; {advice}")]
+    Advised {
+        /// What happened.
+        error: Box<ExchangeError>,
+        /// What to do, in one clause.
+        advice: String,
+    },
+}
+
+impl ExchangeError {
+    /// A refusal. Its words are left out if they repeat what the server was shown.
+    pub(super) fn refused(
+        host: &str,
+        status: http::StatusCode,
+        code: Option<String>,
+        message: Option<String>,
+        shown: &[&SecretString],
+    ) -> Self {
+        let is_clean = |text: &String| !shown.iter().any(|secret| text.contains(secret.expose_secret()));
+        Self::Refused {
+            host: host.to_owned(),
+            status: status.as_u16(),
+            code: code.filter(is_clean),
+            message: message.filter(is_clean),
+        }
+    }
+
+    pub(super) fn advised(self, advice: String) -> Self {
+        Self::Advised { error: Box::new(self), advice }
+    }
 }
 
 /// What stands in the way before anybody is asked, and what to do.

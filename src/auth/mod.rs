@@ -30,7 +30,7 @@ mod token;
 
 pub use challenge::Challenge;
 pub use credential::Credential;
-pub use exchange::{BoxError, Exchange, ExchangeError, Http, Identity, Issued, NewRepository, Unusable};
+pub use exchange::{BoxError, Exchange, ExchangeError, Http, Identity, Issued, NewRepository, ToMetadata, Unusable};
 pub use realm::realm_is_trusted;
 pub use store::{ConfigError, CredentialStore, Entry};
 pub use token::{Grant, NextLogin, Scope, Token, TokenCache, TokenError, TokenKey};

@@ -70,6 +70,7 @@ fn wrong_values_are_refused_with_their_key() {
         ("watchNamespaces: [a, a]", "watchNamespaces[1]: \"a\" is there twice"),
         ("registries: [{host: gcr.io, createRepositories: {}}]", "gcr.io is no private registry of Amazon"),
         ("identityNamespaces: [a, '*']", "identityNamespaces[1]: \"*\" is no name"),
+        ("gcp: {workloadIdentity: my-cluster}", "gcp.workloadIdentity: write projects/PROJECT/"),
         ("log: {level: inof}", "log.level: invalid log level"),
         ("log: {format: xml}", "xml"),
         ("metrics: {certFile: a}", "metrics.keyFile: is absent"),

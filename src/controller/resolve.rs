@@ -55,7 +55,7 @@ fn principal(context: &Context, mirror: &ValidatedMirror, account: &Account) -> 
     };
     let timeout = context.config.timing.api_timeout;
     let identity = ServiceAccountTokens::new(context.client.clone(), namespace, name, timeout);
-    Some(account.principal(namespace, name, Arc::new(identity)))
+    Some(account.principal(namespace, name, context.config.gcp_trust.clone(), Arc::new(identity)))
 }
 
 /// The same for an object that waits: one question for all that wait for the same Secret. Nothing of it is kept but

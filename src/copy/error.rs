@@ -123,6 +123,8 @@ impl CopyError {
             Self::Registry { error: Error { kind: ErrorKind::Tls(problem), .. }, .. } => {
                 return certificate_advice(*problem);
             }
+            // It says itself what to do.
+            Self::Registry { error: Error { kind: ErrorKind::Unusable(_), .. }, .. } => return "",
             Self::Registry { side, .. } => *side,
             Self::Contended(_) | Self::TargetChanged => Side::Target,
             Self::Manifest { .. } | Self::Bounds { .. } | Self::PlatformMissing { .. } => Side::Source,
@@ -155,7 +157,11 @@ impl CopyError {
     /// What happened, where, and what to do.
     #[must_use]
     pub fn message(&self) -> String {
-        match self.advice() {
+        let known = match self {
+            Self::Registry { error, .. } => error.advice.as_deref(),
+            _ => None,
+        };
+        match known.unwrap_or_else(|| self.advice()) {
             "" => self.to_string(),
             advice => format!("{self}; {advice}"),
         }

@@ -13,7 +13,7 @@ use crate::{
     api::REGISTRY_OF_SECRET,
     auth::{
         Credential, CredentialStore, Identity,
-        cloud::{self, Cloud, Principal},
+        cloud::{self, Cloud, GcpTrust, Principal},
     },
     oci::{Algorithm, Digest},
     reason::Reason,
@@ -64,9 +64,16 @@ impl Account {
 
     /// As clouds see it.
     #[must_use]
-    pub fn principal(&self, namespace: &str, name: &str, identity: Arc<dyn Identity>) -> Principal {
+    pub fn principal(
+        &self,
+        namespace: &str,
+        name: &str,
+        gcp_trust: Option<GcpTrust>,
+        identity: Arc<dyn Identity>,
+    ) -> Principal {
         let (namespace, name) = (namespace.to_owned(), name.to_owned());
-        Principal::Account(cloud::Account { namespace, name, annotations: self.annotations.clone(), identity })
+        let annotations = self.annotations.clone();
+        Principal::Account(cloud::Account { namespace, name, annotations, gcp_trust, identity })
     }
 }
 

@@ -326,6 +326,10 @@ impl Errors {
                 cert_secret: registry.cert_secret_ref.as_ref().map(|secret| secret.name.clone()),
                 proxy_secret: registry.proxy_secret_ref.as_ref().map(|secret| secret.name.clone()),
             };
+            // Its tokens are good for more than this registry, and go only to whom the administrator trusts to be it.
+            if cloud.is_some() && (settings.plain_http || settings.cert_secret.is_some()) {
+                self.add(&field, "provider goes with neither plainHTTP nor certSecretRef; remove these");
+            }
             if settings.plain_http && settings.cert_secret.is_some() {
                 self.add(&field, "plainHTTP and certSecretRef exclude each other");
             }

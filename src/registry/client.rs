@@ -13,7 +13,7 @@ use super::{
     known::Known,
     limits::HostLimits,
     memory::Memory,
-    network::{Networks, Resolver},
+    network::Networks,
     pace::Floor,
     quirks::Quirks,
     transport::{Pools, Transport, TransportError},
@@ -139,6 +139,8 @@ struct Inner {
     options: ClientOptions,
     networks: Arc<Networks>,
     pools: Pools,
+    /// Where no network is closed.
+    open_pools: Pools,
     tokens: TokenCache,
     limits: Mutex<HashMap<String, Arc<HostLimits>>>,
     known: Mutex<HashMap<String, Arc<Known>>>,
@@ -163,6 +165,7 @@ impl Client {
             memory: Memory::new(options.memory.unwrap_or(Memory::DEFAULT)),
             options,
             pools: Pools::default(),
+            open_pools: Pools::default(),
             tokens: TokenCache::default(),
             limits: Mutex::default(),
             known: Mutex::default(),
@@ -187,10 +190,9 @@ impl Client {
         self.inner.pools.get(transport, credentials, self.timing(), &self.inner.networks)
     }
 
-    /// For the surroundings of this program: no network is closed.
-    pub(super) fn http_to_surroundings(&self, transport: &Transport) -> Result<reqwest::Client, TransportError> {
-        let open = Arc::new(Networks::default());
-        transport.build(transport.tls_config()?, self.timing(), Resolver::system(&open))
+    /// The same with no network closed, for what nobody but the administrator has a say in.
+    pub(super) fn http_to_metadata(&self, transport: &Transport) -> Result<reqwest::Client, TransportError> {
+        self.inner.open_pools.get(transport, &[], self.timing(), &Arc::default())
     }
 
     /// How a host is reached that is no registry.

@@ -22,6 +22,8 @@ pub struct Error {
     pub host: String,
     /// What was asked for, such as `agent:7.70.0`; never a URL.
     pub subject: String,
+    /// What to do, where it is known better than from the rest.
+    pub advice: Option<String>,
     #[source]
     source: Option<Box<dyn std::error::Error + Send + Sync>>,
 }
@@ -154,11 +156,11 @@ pub enum Side {
 
 impl Error {
     pub(super) fn new(kind: ErrorKind, step: Step, host: &str, subject: &str) -> Self {
-        Self { kind, step, host: host.to_owned(), subject: subject.to_owned(), source: None }
+        Self { kind, step, host: host.to_owned(), subject: subject.to_owned(), advice: None, source: None }
     }
 
-    pub(super) fn caused_by(mut self, source: impl std::error::Error + Send + Sync + 'static) -> Self {
-        self.source = Some(Box::new(source));
+    pub(super) fn caused_by(mut self, source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
+        self.source = Some(source.into());
         self
     }
 

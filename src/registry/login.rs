@@ -14,9 +14,9 @@ use url::Url;
 use super::{
     error::{Error, ErrorKind, Step, clean},
     repository::Repository,
-    send::{Reach, Request, cause},
+    send::{Request, cause},
 };
-use crate::auth::{BoxError, Credential, ExchangeError, Http};
+use crate::auth::{BoxError, Credential, ExchangeError, Http, ToMetadata};
 
 /// Answers are read this far.
 const MAX_ANSWER: u64 = 64 << 10;
@@ -79,7 +79,7 @@ impl Repository {
         match error {
             ExchangeError::Unanswered(source) => match cause::<Error>(&*source) {
                 Some(of_client) => fail(of_client.kind.clone(), &of_client.host),
-                None => fail(ErrorKind::Interrupted, self.host().as_str()),
+                None => fail(ErrorKind::Interrupted, self.host().as_str()).caused_by(source),
             },
             ExchangeError::Refused { host, status, code, message } => {
                 let message = message.filter(|message| !self.repeats_a_secret(message));
@@ -90,6 +90,11 @@ impl Repository {
             }
             ExchangeError::Malformed { host, what } => fail(ErrorKind::Malformed(what), &host),
             ExchangeError::Unusable(unusable) => fail(ErrorKind::Unusable(unusable), self.host().as_str()),
+            ExchangeError::Advised { error, advice } => {
+                let mut error = self.exchange_error(*error, written, (step, subject));
+                error.advice = Some(advice);
+                error
+            }
         }
     }
 }
@@ -100,13 +105,18 @@ struct Outside {
 }
 
 impl Outside {
-    async fn ask(&self, request: http::Request<Bytes>, reach: Reach) -> Result<http::Response<Bytes>, Error> {
+    async fn ask(&self, request: http::Request<Bytes>) -> Result<http::Response<Bytes>, Error> {
         let (parts, body) = request.into_parts();
         let malformed = |what: String| self.repository.login_failure(ErrorKind::Malformed(what));
         let url = Url::parse(&parts.uri.to_string()).map_err(|error| malformed(error.to_string()))?;
+        let is_to_metadata = parts.extensions.get::<ToMetadata>().is_some();
         let mut request = Request::new(Step::Login, parts.method, url, self.repository.host().as_str());
         (request.headers, request.body) = (parts.headers, body);
-        let answer = self.repository.send_outside(&request, reach).await?;
+        let answer = if is_to_metadata {
+            self.repository.send_to_metadata(&request).await?
+        } else {
+            self.repository.send_outside(&request).await?
+        };
         let (status, headers) = (answer.inner.status(), answer.inner.headers().clone());
         let body = self.repository.read_body(answer, MAX_ANSWER, Step::Login, &request.subject).await?;
         let mut answer = http::Response::new(body);
@@ -117,19 +127,68 @@ impl Outside {
 
 impl Http for Outside {
     fn send(&self, request: http::Request<Bytes>) -> BoxFuture<'_, Result<http::Response<Bytes>, BoxError>> {
-        Box::pin(async move { Ok(self.ask(request, Reach::Open).await?) })
-    }
-
-    fn send_as_the_program(
-        &self,
-        request: http::Request<Bytes>,
-    ) -> BoxFuture<'_, Result<http::Response<Bytes>, BoxError>> {
-        Box::pin(async move { Ok(self.ask(request, Reach::Surroundings).await?) })
+        Box::pin(async move { Ok(self.ask(request).await?) })
     }
 }
 
 impl fmt::Debug for Outside {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Outside({})", self.repository.host())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+
+    use tokio::{
+        io::{AsyncReadExt as _, AsyncWriteExt as _},
+        net::TcpListener,
+    };
+
+    use super::*;
+    use crate::{
+        auth::CredentialStore,
+        registry::{Access, Client, ClientOptions, Networks, Proxy, Transport},
+    };
+
+    /// What stands for the metadata service is at a closed address, too: a proxy of this machine.
+    #[tokio::test]
+    async fn the_metadata_service_is_open_to_what_is_marked_and_nothing_else_is() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let proxy = Arc::new(Proxy::new(&format!("http://{}", listener.local_addr().unwrap()), None).unwrap());
+        let server = tokio::spawn(async move {
+            while let Ok((mut stream, _)) = listener.accept().await {
+                let _ = stream.read(&mut [0; 4096]).await;
+                let _ =
+                    stream.write_all(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 5\r\n\r\ntoken").await;
+            }
+        });
+        let transport = Transport { proxy: Some(proxy), ..Transport::default() };
+        let hosts = ["169.254.169.254", "evil.example"].map(|host| (host.parse().unwrap(), transport.clone()));
+        let client = Client::new(ClientOptions {
+            networks: Networks::closed(Vec::new(), Vec::new()),
+            transports: HashMap::from(hosts),
+            ..ClientOptions::default()
+        });
+        let host = "myregistry.azurecr.io".parse().unwrap();
+        let access = Access { host, transport: Transport::default(), credentials: CredentialStore::default() };
+        let repository = Repository::for_pull(&client, &access, "a".parse().unwrap()).unwrap();
+        let outside = Outside { repository };
+        let ask = async |url: &str, is_marked: bool| {
+            let mut request = http::Request::get(url).body(Bytes::new()).unwrap();
+            if is_marked {
+                request.extensions_mut().insert(ToMetadata);
+            }
+            outside.send(request).await.map_err(|error| cause::<Error>(&*error).unwrap().kind.clone())
+        };
+        let metadata = "http://169.254.169.254/metadata/identity/oauth2/token";
+        assert_eq!(ask(metadata, true).await.unwrap().body(), "token");
+        for (url, is_marked) in [(metadata, false), ("http://evil.example/", true), ("http://evil.example/", false)] {
+            let refused = ask(url, is_marked).await.unwrap_err();
+            let is_closed = matches!(refused, ErrorKind::Denied(_) | ErrorKind::Setup(_));
+            assert!(is_closed, "{url}: {refused:?}");
+        }
+        server.abort();
     }
 }

@@ -35,21 +35,14 @@ use crate::auth::{Challenge, Credential, Scope, Token, TokenKey, realm_is_truste
 /// Repetitions of a request, the first one aside.
 const MAX_RETRIES: u32 = 4;
 const MAX_REDIRECTS: u32 = 5;
+/// Where clouds tell a machine, and Amazon's also a container, who it is.
+const METADATA: [&str; 5] = ["169.254.169.254", "[fd00:ec2::254]", "169.254.170.2", "169.254.170.23", "[fd00:ec2::23]"];
 /// What token servers know us by.
 const CLIENT_ID: &str = "imagemirror";
 /// Smaller bodies are not counted: as many as there may be requests in flight take little.
 const UNCOUNTED: u64 = 64 << 10;
 /// Error bodies and token answers are read this far.
 const MAX_SMALL_BODY: u64 = 64 << 10;
-
-/// How far a request may go that is not for the registry.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Reach {
-    /// To the networks that are open.
-    Open,
-    /// Also to those that are closed: what surrounds this program tells it alone who it is.
-    Surroundings,
-}
 
 /// A request that can be sent again.
 #[derive(Clone)]
@@ -204,7 +197,7 @@ impl Repository {
                     since = None;
                     continue;
                 }
-                Err(error) => return Err(error),
+                Err(error) => return Err(self.advised(error, index)),
             };
             let answer = self.follow(request, &authorization).await;
             known.contacted();
@@ -253,8 +246,17 @@ impl Repository {
                     }
                 }
             }
-            return Err(error);
+            return Err(self.advised(error, index));
         }
+    }
+
+    /// A refusal of a login that was exchanged, with what to do.
+    fn advised(&self, mut error: Error, index: usize) -> Error {
+        if is_refusal(error.status()) && error.advice.is_none() {
+            let exchange = self.credential(index).and_then(|written| written.exchange());
+            error.advice = exchange.and_then(|exchange| exchange.advice()).map(str::to_owned);
+        }
+        error
     }
 
     /// Sends one request and follows its redirects. Credentials stay with the registry.
@@ -290,19 +292,13 @@ impl Repository {
     }
 
     async fn dispatch(&self, request: &Request, url: Url, authorization: &Authorization) -> Result<Response, Error> {
-        self.check_network(self.dialled(&url), request, &host_of(&url))?;
-        self.dispatch_over(self.http(), request, &url, authorization).await
-    }
-
-    fn check_network(&self, dialled: &Url, request: &Request, host: &str) -> Result<(), Error> {
-        let denied = |denied| Error::new(ErrorKind::Denied(denied), request.step, host, &request.subject);
-        self.client().networks().check_url(dialled).map_err(denied)
+        self.dispatch_over(self.http(), Some(self.dialled(&url)), request, &url, authorization).await
     }
 
     /// Sends a request to a host that is perhaps not the registry, as the administrator says that it is reached.
-    pub(super) async fn send_outside(&self, request: &Request, reach: Reach) -> Result<Response, Error> {
+    pub(super) async fn send_outside(&self, request: &Request) -> Result<Response, Error> {
         let (url, nothing) = (&request.url, Authorization::nothing());
-        if self.is_same_origin(url) && reach == Reach::Open {
+        if self.is_same_origin(url) {
             return self.dispatch(request, url.clone(), &nothing).await;
         }
         let host = host_of(url);
@@ -310,25 +306,37 @@ impl Repository {
         let setup = |error: TransportError| {
             Error::new(ErrorKind::Setup(error.to_string()), request.step, &host, &request.subject)
         };
-        let http = match reach {
-            Reach::Open => self.client().http(&transport, self.credentials()).map_err(setup)?,
-            Reach::Surroundings => self.client().http_to_surroundings(&transport).map_err(setup)?,
-        };
+        let http = self.client().http(&transport, self.credentials()).map_err(setup)?;
         let dialled = transport.proxy.as_deref().map_or(url, Proxy::address);
-        if reach == Reach::Open {
-            self.check_network(dialled, request, &host)?;
+        self.dispatch_over(&http, Some(dialled), request, url, &nothing).await
+    }
+
+    /// Asks who this machine is where a cloud tells it, whatever networks are closed.
+    pub(super) async fn send_to_metadata(&self, request: &Request) -> Result<Response, Error> {
+        let (url, nothing) = (&request.url, Authorization::nothing());
+        let host = host_of(url);
+        let fail = |kind| Error::new(kind, request.step, &host, &request.subject);
+        if !METADATA.contains(&host.as_str()) {
+            return Err(fail(ErrorKind::Setup("no cloud's metadata is there".to_owned())));
         }
-        self.dispatch_over(&http, request, url, &nothing).await
+        let transport = self.client().transport(&host);
+        let setup = |error: TransportError| fail(ErrorKind::Setup(error.to_string()));
+        let http = self.client().http_to_metadata(&transport).map_err(setup)?;
+        self.dispatch_over(&http, None, request, url, &nothing).await
     }
 
     async fn dispatch_over(
         &self,
         http: &reqwest::Client,
+        checked: Option<&Url>,
         request: &Request,
         url: &Url,
         authorization: &Authorization,
     ) -> Result<Response, Error> {
         let host = host_of(url);
+        if let Some(Err(denied)) = checked.map(|dialled| self.client().networks().check_url(dialled)) {
+            return Err(Error::new(ErrorKind::Denied(denied), request.step, &host, &request.subject));
+        }
         let permit = self.place(&host, &authorization.identity, request).await?;
         let mut built = reqwest::Request::new(request.method.clone(), url.clone());
         *built.headers_mut() = request.headers.clone();

@@ -8,11 +8,11 @@ use std::sync::{Mutex, PoisonError};
 use anyhow::{Context as _, Result, ensure};
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
-use jsonwebtoken::{DecodingKey, Validation, jwk::JwkSet};
 use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 
 use crate::hosts::{Answer, Asked};
+use crate::oidc::Issuer;
 
 /// An account with one registry in one region.
 pub struct Amazon {
@@ -26,7 +26,7 @@ struct State {
     keys: HashMap<String, (String, Option<String>)>,
     /// The subject that may take on each role.
     roles: HashMap<String, String>,
-    issuer: Option<(JwkSet, String)>,
+    issuer: Option<Issuer>,
     password: String,
     given: usize,
     repositories: BTreeSet<String>,
@@ -48,12 +48,11 @@ impl Amazon {
         self.state().keys.insert(id.to_owned(), (secret.to_owned(), None));
     }
 
-    /// Lets a subject of this issuer's tokens, which are signed with one of these keys (JSON), take on a role.
-    pub fn trust(&self, role: &str, subject: &str, issuer: &str, keys: &str) -> Result<()> {
+    /// Lets a subject of this issuer's tokens take on a role.
+    pub fn trust(&self, role: &str, subject: &str, issuer: Issuer) {
         let mut state = self.state();
         state.roles.insert(role.to_owned(), subject.to_owned());
-        state.issuer = Some((serde_json::from_str(keys)?, issuer.to_owned()));
-        Ok(())
+        state.issuer = Some(issuer);
     }
 
     /// What is given to those who ask for a password from now on.
@@ -143,15 +142,9 @@ impl Amazon {
         ensure!(field("Action")? == "AssumeRoleWithWebIdentity" && asked.header("authorization").is_empty());
         let mut state = self.state();
         let subject = state.roles.get(&field("RoleArn")?).cloned().context("there is no such role")?;
-        let (keys, issuer) = state.issuer.as_ref().context("no issuer is trusted")?;
-        let token = field("WebIdentityToken")?;
-        let header = jsonwebtoken::decode_header(&token)?;
-        let key = keys.find(&header.kid.context("no key is named")?).context("the key is not known")?;
-        let mut validation = Validation::new(header.alg);
-        validation.set_audience(&["sts.amazonaws.com"]);
-        validation.set_issuer(&[issuer]);
-        let claims = jsonwebtoken::decode::<Value>(&token, &DecodingKey::from_jwk(key)?, &validation)?.claims;
-        ensure!(claims["sub"] == subject.as_str(), "{} is not {subject}", claims["sub"]);
+        let issuer = state.issuer.as_ref().context("no issuer is trusted")?;
+        let who = issuer.subject(&field("WebIdentityToken")?, "sts.amazonaws.com")?;
+        ensure!(who == subject, "{who} is not {subject}");
         state.sessions.push(field("RoleSessionName")?);
         let number = state.sessions.len();
         let (id, secret, session) =

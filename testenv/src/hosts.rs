@@ -50,6 +50,8 @@ impl Asked {
     }
 }
 
+const CLOSED: &str = "127.0.0.2";
+
 /// Status and JSON, or other text.
 pub type Answer = (u16, String);
 type Function = Arc<dyn Fn(&Asked) -> Answer + Send + Sync>;
@@ -122,12 +124,17 @@ impl HostsBuilder {
         let connector = TlsConnector::from(client_config(ca.cert_pem())?);
         let state = Arc::new(State { routes: self.routes, acceptors, connector, log: Mutex::default() });
         let shared = Arc::clone(&state);
+        let closed = TcpListener::bind((CLOSED, address.port())).await.context("listen")?;
         let task = tokio::spawn(async move {
             // Dropped with this task, and its connections with it.
             let mut connections = JoinSet::new();
             loop {
                 while connections.try_join_next().is_some() {}
-                let Ok((client, _)) = listener.accept().await else { continue };
+                let accepted = tokio::select! {
+                    accepted = listener.accept() => accepted,
+                    accepted = closed.accept() => accepted,
+                };
+                let Ok((client, _)) = accepted else { continue };
                 let state = Arc::clone(&shared);
                 connections.spawn(async move { state.tunnel(client).await });
             }
@@ -148,6 +155,12 @@ impl Hosts {
     #[must_use]
     pub fn url(&self) -> String {
         format!("http://{}", self.address)
+    }
+
+    /// The same at another address of this machine, for what is not to be reached at the first one.
+    #[must_use]
+    pub fn closed_url(&self) -> String {
+        format!("http://{CLOSED}:{}", self.address.port())
     }
 
     /// What an operator's configuration says for all of these hosts to be found here.
@@ -182,7 +195,21 @@ impl State {
         self.log.lock().unwrap_or_else(PoisonError::into_inner).push(line);
     }
 
+    /// A tunnel, or where there is no TLS a request with its whole address (RFC 9112, section 3.2.2).
     async fn tunnel(self: Arc<Self>, client: TcpStream) -> Result<()> {
+        let mut first = [0; 8];
+        client.peek(&mut first).await?;
+        if !first.starts_with(b"CONNECT") {
+            let service = hyper::service::service_fn(|request: Request<Incoming>| {
+                let host = request.uri().host().unwrap_or_default().to_owned();
+                async {
+                    let host = host;
+                    self.answer(&host, request).await
+                }
+            });
+            hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(client), service).await?;
+            return Ok(());
+        }
         let mut client = BufReader::new(client);
         let mut first = String::new();
         client.read_line(&mut first).await?;

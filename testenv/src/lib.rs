@@ -23,6 +23,7 @@ pub mod hostile;
 pub mod hosts;
 pub mod images;
 mod node;
+pub mod oidc;
 mod pace;
 pub mod process;
 pub mod proxy;

@@ -25,6 +25,7 @@ const LIFE: Duration = Duration::from_hours(3);
 pub struct AcrToken {
     host: Host,
     token: SecretString,
+    tenant: Option<String>,
     origin: String,
 }
 
@@ -32,7 +33,13 @@ impl AcrToken {
     /// `origin` is said in messages.
     #[must_use]
     pub fn new(host: Host, token: SecretString, origin: &str) -> Self {
-        Self { host, token, origin: origin.to_owned() }
+        Self { host, token, tenant: None, origin: origin.to_owned() }
+    }
+
+    /// The same where the tenant of Entra is known that has issued it.
+    #[must_use]
+    pub fn of_tenant(self, tenant: Option<String>) -> Self {
+        Self { tenant, ..self }
     }
 
     /// Asks the registry for a refresh token.
@@ -44,6 +51,7 @@ impl AcrToken {
         let form = url::form_urlencoded::Serializer::new(String::new())
             .append_pair("grant_type", "access_token")
             .append_pair("service", host)
+            .extend_pairs(self.tenant.as_ref().map(|tenant| ("tenant", tenant)))
             .append_pair("access_token", self.token.expose_secret())
             .finish();
         let request = http::Request::builder()
@@ -56,13 +64,7 @@ impl AcrToken {
         if !answer.status().is_success() {
             let refusal: Refusal = serde_json::from_slice(answer.body()).unwrap_or_default();
             let first = refusal.errors.into_iter().next().unwrap_or_default();
-            let status = answer.status().as_u16();
-            return Err(ExchangeError::Refused {
-                host: host.to_owned(),
-                status,
-                code: first.code,
-                message: first.message,
-            });
+            return Err(ExchangeError::refused(host, answer.status(), first.code, first.message, &[&self.token]));
         }
         let answer: Answer = serde_json::from_slice(answer.body()).map_err(|_| ExchangeError::Malformed {
             host: host.to_owned(),
@@ -108,14 +110,15 @@ struct Wrong {
 
 /// What a JSON Web Token says of itself (RFC 7519, section 4.1). Nothing is believed of it that matters.
 #[derive(Deserialize)]
-struct Claims {
+pub(super) struct Claims {
+    pub(super) iss: Option<String>,
     grant_type: Option<String>,
     iat: Option<u64>,
     exp: Option<u64>,
 }
 
 impl Claims {
-    fn of(token: &SecretString) -> Option<Self> {
+    pub(super) fn of(token: &SecretString) -> Option<Self> {
         let payload = token.expose_secret().split('.').nth(1)?;
         serde_json::from_slice(&URL_SAFE_NO_PAD.decode(payload.trim_end_matches('=')).ok()?).ok()
     }
@@ -123,7 +126,7 @@ impl Claims {
     /// As long as it was made to last: our clock may be another one than theirs.
     fn life(&self) -> Option<Duration> {
         let seconds = self.exp?.checked_sub(self.iat?)?;
-        Some(Duration::from_secs(seconds.clamp(60, 86_400)))
+        Some(Duration::from_secs(seconds.clamp(1, 86_400)))
     }
 }
 

@@ -4,7 +4,7 @@
 //! Amazon's crates sign requests and read answers; they are sent by our own [`Http`], so that proxies, certificates and closed
 //! networks hold for them, too.
 
-use std::{fmt, sync::Arc, time::Duration};
+use std::{fmt, net::IpAddr, sync::Arc, time::Duration};
 
 use aws_config::{BehaviorVersion, Region};
 use aws_credential_types::{
@@ -28,7 +28,7 @@ use secrecy::{ExposeSecret, SecretString};
 
 use super::{Account, EcrHost, Principal};
 use crate::{
-    auth::{Credential, Exchange, ExchangeError, Http, Issued, NewRepository, Unusable},
+    auth::{Credential, Exchange, ExchangeError, Http, Issued, NewRepository, ToMetadata, Unusable},
     oci::{Host, RepositoryName},
     reason::Reason,
 };
@@ -308,9 +308,14 @@ impl Bridge {
         let (parts, body) = request.try_into_http1x().map_err(|error| ConnectorError::user(error.into()))?.into_parts();
         let body = body.bytes().map(Bytes::copy_from_slice);
         let body = body.ok_or_else(|| ConnectorError::user("a body that is a stream".into()))?;
-        let request = http::Request::from_parts(parts, body);
-        let answer = if self.as_the_program { self.http.send_as_the_program(request) } else { self.http.send(request) };
-        let answer = answer.await.map_err(|error| ConnectorError::other(error, None))?;
+        let mut request = http::Request::from_parts(parts, body);
+        // Amazon names its metadata by addresses, and its services by names.
+        if self.as_the_program
+            && request.uri().host().is_some_and(|host| host.trim_matches(['[', ']']).parse::<IpAddr>().is_ok())
+        {
+            request.extensions_mut().insert(ToMetadata);
+        }
+        let answer = self.http.send(request).await.map_err(|error| ConnectorError::other(error, None))?;
         HttpResponse::try_from(answer.map(SdkBody::from)).map_err(|error| ConnectorError::user(error.into()))
     }
 }

@@ -3,10 +3,15 @@
 mod acr;
 #[cfg(feature = "aws")]
 mod aws;
+mod azure;
+#[cfg(feature = "azure")]
+mod entra;
+mod gcp;
 
 use std::{collections::BTreeMap, fmt, sync::Arc};
 
 pub use acr::AcrToken;
+pub use gcp::{GcpTrust, GcpTrustError};
 
 use super::{Credential, Identity, Unusable};
 use crate::{oci::Host, reason::Reason};
@@ -66,13 +71,29 @@ pub struct Account {
     pub name: String,
     /// What its annotations say of who it is at which cloud.
     pub annotations: BTreeMap<String, String>,
+    /// By what Google knows the cluster, where its annotations do not say it.
+    pub gcp_trust: Option<GcpTrust>,
     /// Tokens that say that somebody is it.
     pub identity: Arc<dyn Identity>,
 }
 
+impl Principal {
+    /// Who it is, for messages.
+    fn origin(&self) -> String {
+        match self {
+            Self::Program => "this program's own identity".to_owned(),
+            Self::Account(account) => format!("ServiceAccount {:?}", account.name),
+        }
+    }
+}
+
 impl Account {
+    /// What it is called in its tokens, and so where a cloud is told to trust it.
+    fn subject(&self) -> String {
+        format!("system:serviceaccount:{}:{}", self.namespace, self.name)
+    }
+
     /// An annotation that it must have.
-    #[cfg_attr(not(feature = "aws"), expect(dead_code, reason = "clouds ask for it"))]
     fn annotation(&self, key: &str) -> Result<&str, Unusable> {
         let value = self.annotations.get(key).filter(|value| !value.is_empty());
         value.map(String::as_str).ok_or_else(|| Unusable {
@@ -87,11 +108,18 @@ pub fn login(cloud: Cloud, host: &Host, principal: &Principal) -> Result<Credent
     match cloud {
         #[cfg(feature = "aws")]
         Cloud::Aws => aws::login(host, principal),
-        other => {
-            let _ = (host, principal);
-            let message = format!("this program was built without {other}; use a build that has it, or a Secret");
-            Err(Unusable { reason: Reason::InternalError, message })
-        }
+        #[cfg(not(feature = "aws"))]
+        Cloud::Aws => Err(not_built(cloud)),
+        Cloud::Azure => azure::login(host, principal),
+        Cloud::Gcp => gcp::login(principal),
+    }
+}
+
+#[cfg(not(all(feature = "aws", feature = "azure", feature = "gcp")))]
+fn not_built(cloud: Cloud) -> Unusable {
+    Unusable {
+        reason: Reason::InternalError,
+        message: format!("this program was built without {cloud}; use a build that has it, or a Secret"),
     }
 }
 
@@ -156,7 +184,13 @@ impl EcrHost {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
+    use futures::future::BoxFuture;
+    use secrecy::SecretString;
+
     use super::*;
+    use crate::auth::ExchangeError;
 
     #[test]
     fn clouds_are_known_by_their_own_patterns_and_nothing_that_looks_like_them() {
@@ -186,6 +220,50 @@ mod tests {
         ] {
             assert_eq!(Cloud::of(&host.parse().unwrap()), expected, "{host}");
         }
+    }
+
+    #[derive(Debug)]
+    struct Nobody;
+
+    impl Identity for Nobody {
+        fn token<'a>(&'a self, _: &'a str) -> BoxFuture<'a, Result<SecretString, ExchangeError>> {
+            unreachable!()
+        }
+    }
+
+    /// What tokens and connections are kept by.
+    #[test]
+    fn no_two_identities_are_the_same_and_none_is_a_password() {
+        let mut logins = Vec::new();
+        let program = Principal::Program;
+        for (cloud, host) in [(Cloud::Azure, "myregistry.azurecr.io"), (Cloud::Gcp, "gcr.io")] {
+            let mut principals = vec![program.clone()];
+            for (namespace, name) in [("a", "b"), ("a", "c"), ("b", "b")] {
+                for value in ["one", "two", "one\" \"two"] {
+                    let annotations = [
+                        ("azure.workload.identity/client-id", value.to_owned()),
+                        ("azure.workload.identity/tenant-id", "t".to_owned()),
+                        ("iam.gke.io/gcp-service-account", format!("{}@p", value.replace(['"', ' '], "-"))),
+                    ];
+                    principals.push(Principal::Account(Account {
+                        namespace: namespace.to_owned(),
+                        name: name.to_owned(),
+                        annotations: annotations.map(|(key, value)| (key.to_owned(), value)).into(),
+                        gcp_trust: Some("projects/p/locations/l/clusters/c".parse().unwrap()),
+                        identity: Arc::new(Nobody),
+                    }));
+                }
+            }
+            logins
+                .extend(principals.iter().filter_map(|principal| login(cloud, &host.parse().unwrap(), principal).ok()));
+        }
+        let passwords: Vec<_> = logins
+            .iter()
+            .map(|login| Credential::new(login.username().to_owned(), SecretString::default(), "Secret \"forged\""))
+            .collect();
+        let all: BTreeSet<_> = logins.iter().chain(&passwords).map(|login| login.fingerprint().to_string()).collect();
+        assert_eq!(all.len(), 2 * logins.len());
+        assert!(cfg!(not(feature = "azure")) || logins.len() == 20, "{logins:?}");
     }
 
     #[test]

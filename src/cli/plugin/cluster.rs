@@ -159,7 +159,7 @@ impl Cluster {
         }
         let principal = mirror.service_account.as_ref().map_or(Principal::Program, |name| {
             let tokens = ServiceAccountTokens::new(self.client.clone(), &self.namespace, name, DEADLINE);
-            account.principal(&self.namespace, name, Arc::new(tokens))
+            account.principal(&self.namespace, name, None, Arc::new(tokens))
         });
         Ok(Secrets { found, account, principal: Some(principal) })
     }

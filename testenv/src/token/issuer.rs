@@ -1,9 +1,9 @@
 //! What the token server answers: who asks, by which of the two methods, and what that one may have.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::io::Write;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::Result;
@@ -28,6 +28,8 @@ pub(super) struct Issuer {
     options: TokenOptions,
     key: EncodingKey,
     log: Mutex<File>,
+    /// Passwords and refresh tokens that are taken no more.
+    revoked: Mutex<HashSet<String>>,
     /// The users that refresh tokens belong to.
     refresh_tokens: Mutex<HashMap<String, String>>,
 }
@@ -52,16 +54,27 @@ enum Login {
 impl Issuer {
     pub(super) fn new(options: TokenOptions, key_pem: &str, log: File) -> Result<Self> {
         let key = EncodingKey::from_ec_pem(key_pem.as_bytes())?;
-        Ok(Self { options, key, log: Mutex::new(log), refresh_tokens: Mutex::default() })
+        Ok(Self { options, key, log: Mutex::new(log), revoked: Mutex::default(), refresh_tokens: Mutex::default() })
     }
 
-    pub(super) fn refresh_token(&self, user: &str) -> String {
-        // As Azure's are: a token that says what it is.
-        let claims = json!({"grant_type": "refresh_token", "jti": format!("{:032x}", fastrand::u128(..))}).to_string();
-        let token = format!("e30.{}.c2ln", BASE64_URL_SAFE_NO_PAD.encode(claims));
+    pub(super) fn refresh_token(&self, user: &str, life: Option<u64>) -> String {
+        // As Azure's are: a token that says what it is, and perhaps how long it is good for.
+        let mut claims = json!({"grant_type": "refresh_token", "jti": format!("{:032x}", fastrand::u128(..))});
+        if let Some(life) = life {
+            (claims["iat"], claims["exp"]) = (json!(1_000_000), json!(1_000_000 + life));
+        }
+        let token = format!("e30.{}.c2ln", BASE64_URL_SAFE_NO_PAD.encode(claims.to_string()));
         let mut tokens = self.refresh_tokens.lock().unwrap_or_else(PoisonError::into_inner);
         tokens.insert(token.clone(), user.to_owned());
         token
+    }
+
+    pub(super) fn revoke(&self, secret: &str) {
+        self.revoked().insert(secret.to_owned());
+    }
+
+    fn revoked(&self) -> MutexGuard<'_, HashSet<String>> {
+        self.revoked.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) async fn answer(&self, request: Request<Incoming>) -> Result<Response<Full<Bytes>>> {
@@ -142,6 +155,7 @@ impl Issuer {
     /// Who it is; the anonymous user and one with wrong credentials are nobody.
     fn user(&self, login: &Login) -> Option<String> {
         match login {
+            Login::Password(_, secret) | Login::Refresh(secret) if self.revoked().contains(secret) => None,
             Login::Anonymous => None,
             Login::Password(name, password) => {
                 let is_it = self.options.users.iter().any(|user| user.name == *name && user.password == *password);
@@ -186,7 +200,7 @@ impl Issuer {
         }
         let is_next = self.options.rotates && matches!(asked.login, Login::Refresh(_));
         if is_next || (self.options.oauth2 && asked.offline && !user.is_empty()) {
-            answer["refresh_token"] = self.refresh_token(user).into();
+            answer["refresh_token"] = self.refresh_token(user, None).into();
         }
         Ok((StatusCode::OK, answer))
     }

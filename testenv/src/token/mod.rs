@@ -180,7 +180,18 @@ impl TokenServer {
     /// A new refresh token, as `docker login` would have stored it (`identitytoken` in a pull secret).
     #[must_use]
     pub fn refresh_token(&self, user: &str) -> String {
-        self.issuer.refresh_token(user)
+        self.issuer.refresh_token(user, None)
+    }
+
+    /// The same, of which it says itself that it is good for so many seconds.
+    #[must_use]
+    pub fn refresh_token_for(&self, user: &str, seconds: u64) -> String {
+        self.issuer.refresh_token(user, Some(seconds))
+    }
+
+    /// Takes this password or refresh token no more.
+    pub fn revoke(&self, secret: &str) {
+        self.issuer.revoke(secret);
     }
 
     #[must_use]

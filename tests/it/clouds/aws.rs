@@ -144,8 +144,7 @@ async fn account(place: &Place, name: &str, annotations: &Value) -> Result<()> {
 async fn a_service_account_takes_on_its_role_where_the_operator_may_make_tokens() -> Result<()> {
     let place = Place::new("ecr-role").await?;
     let ecr = Ecr::start(&place, false).await?;
-    let (issuer, keys) = super::issuer(&place)?;
-    ecr.amazon.trust(ROLE, &format!("system:serviceaccount:{}:mirror", place.namespace), &issuer, &keys)?;
+    ecr.amazon.trust(ROLE, &super::subject(&place, "mirror"), super::issuer(&place)?);
     account(&place, "mirror", &json!({})).await?;
     let operator = place.operator_from(ecr.config(&place), &json!({}), "debug")?;
     let provider = json!({"serviceAccountName": "mirror", "registries": [{"host": REGISTRY, "provider": "aws"}]});

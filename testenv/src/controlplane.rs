@@ -1,4 +1,4 @@
-//! A Kubernetes control plane without a node ([`node`](crate::node) adds one): etcd, kube-apiserver and kube-controller-manager (for ServiceAccounts,
+//! A Kubernetes control plane without a node (`node` adds one): etcd, kube-apiserver and kube-controller-manager (for ServiceAccounts,
 //! garbage collection and Jobs), on free ports of 127.0.0.1. Enough for every test of a controller, with real
 //! validation, CEL, RBAC and watches.
 

@@ -32,6 +32,7 @@ mod quirks;
 mod repository;
 mod send;
 mod spacing;
+mod token;
 mod transport;
 mod upload;
 

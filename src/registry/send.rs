@@ -4,15 +4,12 @@
 //! with a fresh token once and then with the next credential that matches, follows redirects by hand, and is repeated
 //! with full jitter when the failure is one that passes.
 
-use std::{
-    sync::{Arc, atomic::Ordering},
-    time::Duration,
-};
+use std::{sync::atomic::Ordering, time::Duration};
 
 use bytes::{Bytes, BytesMut};
 use http::{
     HeaderMap, HeaderValue, Method, StatusCode,
-    header::{AUTHORIZATION, CONTENT_LENGTH, CONTENT_TYPE, LOCATION, WWW_AUTHENTICATE},
+    header::{AUTHORIZATION, CONTENT_LENGTH, LOCATION, WWW_AUTHENTICATE},
 };
 use jiff::{SignedDuration, Timestamp, Unit};
 use secrecy::{ExposeSecret, SecretString};
@@ -30,19 +27,17 @@ use super::{
     repository::Repository,
     transport::TransportError,
 };
-use crate::auth::{Challenge, Credential, Scope, Token, TokenKey, realm_is_trusted};
+use crate::auth::{Challenge, Credential, Scope, Token, TokenKey};
 
 /// Repetitions of a request, the first one aside.
 const MAX_RETRIES: u32 = 4;
-const MAX_REDIRECTS: u32 = 5;
+pub(super) const MAX_REDIRECTS: u32 = 5;
 /// Where clouds tell a machine, and Amazon's also a container, who it is.
 const METADATA: [&str; 5] = ["169.254.169.254", "[fd00:ec2::254]", "169.254.170.2", "169.254.170.23", "[fd00:ec2::23]"];
-/// What token servers know us by.
-const CLIENT_ID: &str = "imagemirror";
 /// Smaller bodies are not counted: as many as there may be requests in flight take little.
 const UNCOUNTED: u64 = 64 << 10;
 /// Error bodies and token answers are read this far.
-const MAX_SMALL_BODY: u64 = 64 << 10;
+pub(super) const MAX_SMALL_BODY: u64 = 64 << 10;
 
 /// A request that can be sent again.
 #[derive(Clone)]
@@ -95,7 +90,7 @@ impl Authorization {
         Self { kind: AuthorizationKind::Nothing, identity: None }
     }
 
-    fn basic(credential: &Credential, identity: Identity) -> Self {
+    pub(super) fn basic(credential: &Credential, identity: Identity) -> Self {
         Self { kind: AuthorizationKind::Basic(credential.basic()), identity }
     }
 
@@ -291,7 +286,12 @@ impl Repository {
         }
     }
 
-    async fn dispatch(&self, request: &Request, url: Url, authorization: &Authorization) -> Result<Response, Error> {
+    pub(super) async fn dispatch(
+        &self,
+        request: &Request,
+        url: Url,
+        authorization: &Authorization,
+    ) -> Result<Response, Error> {
         self.dispatch_over(self.http(), Some(self.dialled(&url)), request, &url, authorization).await
     }
 
@@ -412,110 +412,6 @@ impl Repository {
         let shown = login.filter(|login| login.as_identity_token().is_none());
         let identity = self.credential(index).map(|credential| credential.fingerprint().clone());
         Ok(shown.map_or_else(Authorization::nothing, |login| Authorization::basic(&login, identity)))
-    }
-
-    async fn fetch_token(
-        &self,
-        realm: &str,
-        service: Option<&str>,
-        login: Option<&Arc<Credential>>,
-        scope: &Scope,
-        subject: &str,
-    ) -> Result<Token, Error> {
-        let fail = |kind, host: &str| Error::new(kind, Step::Token, host, subject);
-        let registry = self.host();
-        let url = Url::parse(realm)
-            .map_err(|_| fail(ErrorKind::Malformed("the realm is not a URL".into()), registry.as_str()))?;
-        let host = host_of(&url);
-        if !realm_is_trusted(registry, self.is_plain_http(), &url, self.client().auth_hosts(registry)) {
-            return Err(fail(ErrorKind::RealmRefused(host), registry.as_str()));
-        }
-        let identity = login.filter(|credential| credential.as_identity_token().is_some());
-        let identity = identity.map(|credential| self.client().tokens().next_login(self.registry_key(), credential));
-        let mut next = match &identity {
-            Some(next) => Some(next.lock().await),
-            None => None,
-        };
-        let credential = next.as_deref().or(login).cloned();
-        let (credential, is_identity) = (credential.as_ref(), identity.is_some());
-        let ask = |by_post: bool| Self::token_request(&url, service, scope, credential.filter(|_| by_post), subject);
-        let mut answer = self.ask_for_token(&ask(is_identity), credential.filter(|_| !is_identity)).await?;
-        // Servers know one of the two ways, or both.
-        if credential.is_some() && matches!(answer.inner.status().as_u16(), 404 | 405) {
-            answer = self.ask_for_token(&ask(!is_identity), credential.filter(|_| is_identity)).await?;
-        }
-        if !answer.inner.status().is_success() {
-            let mut error = self.status_error(&ask(is_identity), answer).await;
-            if let ErrorKind::Status { credential: origin, .. } = &mut error.kind {
-                *origin = credential.map(|credential| credential.origin().to_owned());
-            }
-            error.host = host;
-            return Err(error);
-        }
-        let body = self.read_body(answer, MAX_SMALL_BODY, Step::Token, subject).await?;
-        let token = Token::from_answer(&body, std::time::Instant::now())
-            .map_err(|error| fail(ErrorKind::Malformed("it holds no token".into()), &host).caused_by(error))?;
-        if let (Some(next), Some(token)) = (&mut next, token.refresh()) {
-            **next = Arc::new(Credential::identity_token(token.clone(), next.origin()));
-        }
-        Ok(token)
-    }
-
-    /// A token server may redirect on its own host, and nowhere else.
-    async fn ask_for_token(&self, request: &Request, basic: Option<&Arc<Credential>>) -> Result<Response, Error> {
-        let authorization = basic.map_or_else(Authorization::nothing, |credential| {
-            Authorization::basic(credential, Some(credential.fingerprint().clone()))
-        });
-        let mut url = request.url.clone();
-        for _ in 0..=MAX_REDIRECTS {
-            let response = self.dispatch(request, url.clone(), &authorization).await?;
-            let location = response.inner.headers().get(LOCATION).and_then(|value| value.to_str().ok());
-            let next = location.filter(|_| response.inner.status().is_redirection());
-            match next.and_then(|next| url.join(next).ok()) {
-                Some(next) if next.origin() == url.origin() => url = next,
-                Some(_) => {
-                    let why = "a token server leads to another host".to_owned();
-                    return Err(self.error(ErrorKind::RedirectRefused(why), request));
-                }
-                None => return Ok(response),
-            }
-        }
-        Err(self.error(ErrorKind::RedirectRefused("more than 5 in a row".to_owned()), request))
-    }
-
-    /// A `GET` with the query (distribution-spec, token authentication), or with a credential in it a `POST` with a form
-    /// (`OAuth2` token authentication; RFC 6749, sections 4.3 and 6).
-    fn token_request(
-        realm: &Url,
-        service: Option<&str>,
-        scope: &Scope,
-        in_form: Option<&Arc<Credential>>,
-        subject: &str,
-    ) -> Request {
-        let mut url = realm.clone();
-        let scopes = scope.parameters();
-        let Some(credential) = in_form else {
-            url.query_pairs_mut()
-                .extend_pairs(service.map(|service| ("service", service)))
-                .extend_pairs(scopes.iter().map(|scope| ("scope", scope)));
-            return Request::new(Step::Token, Method::GET, url, subject);
-        };
-        let mut form = url::form_urlencoded::Serializer::new(String::new());
-        form.append_pair("client_id", CLIENT_ID).append_pair("scope", &scopes.join(" "));
-        form.extend_pairs(service.map(|service| ("service", service)));
-        match credential.as_identity_token() {
-            Some(token) => {
-                form.append_pair("grant_type", "refresh_token").append_pair("refresh_token", token.expose_secret());
-            }
-            None => {
-                form.append_pair("grant_type", "password").append_pair("username", credential.username());
-                form.append_pair("password", credential.password().expose_secret());
-            }
-        }
-        let mut request = Request::new(Step::Token, Method::POST, url, subject);
-        request.headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/x-www-form-urlencoded"));
-        request.body = form.finish().into();
-        request
     }
 
     pub(super) async fn status_error(&self, request: &Request, response: Response) -> Error {

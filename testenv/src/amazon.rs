@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 
 use crate::hosts::{Answer, Asked};
+use crate::images::hex;
 use crate::oidc::Issuer;
 
 /// An account with one registry in one region.
@@ -204,13 +205,6 @@ fn hmac(key: &[u8], text: &[u8]) -> Vec<u8> {
     let padded = |byte: u8| block.map(|found| found ^ byte);
     let inner = Sha256::new().chain_update(padded(0x36)).chain_update(text).finalize();
     Sha256::new().chain_update(padded(0x5c)).chain_update(inner).finalize().to_vec()
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().fold(String::new(), |mut text, byte| {
-        let _ = write!(text, "{byte:02x}");
-        text
-    })
 }
 
 #[cfg(test)]

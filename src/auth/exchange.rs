@@ -56,7 +56,7 @@ pub struct Issued {
     pub life: Duration,
 }
 
-/// Marks a request (its extensions) that may go to where a cloud tells the machine who it is. That is closed to everybody
+/// Marks a request (its extensions) that may go, if its host is one of these, to where a cloud tells the machine who it is. That is closed to everybody
 /// (see [`Networks`](crate::registry::Networks)) but the program's own identity, and nothing that a user writes is in such
 /// a request.
 #[derive(Clone, Copy, Debug)]

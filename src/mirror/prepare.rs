@@ -54,14 +54,14 @@ pub fn prepare(
     let mut problems = Vec::new();
     let (pull, gaps) = pull_credentials(mirror, secrets);
     problems.extend(gaps.iter().cloned());
+    // A Secret that is named for the target comes before an identity there.
+    let target_without_secret = mirror.target_secret.is_none().then_some(&mirror.target_host);
     let logins: BTreeMap<&Host, Result<CredentialStore, Problem>> = mirror
         .source_hosts()
-        .chain([&mirror.target_host])
+        .chain(target_without_secret)
         .filter_map(|host| Some((host, login(host, mirror.registries.get(host)?.cloud?, mirror, secrets))))
         .collect();
-    let is_used = |host: &Host| mirror.target_secret.is_none() || mirror.source_hosts().any(|source| source == host);
-    problems
-        .extend(logins.iter().filter(|(host, _)| is_used(host)).filter_map(|(_, login)| login.as_ref().err().cloned()));
+    problems.extend(logins.values().filter_map(|login| login.as_ref().err().cloned()));
     let target = match &mirror.target_secret {
         Some(name) => secrets.get(name).and_then(|secret| credentials(name, secret)),
         None => logins.get(&mirror.target_host).cloned().unwrap_or_else(|| Ok(pull.clone())),

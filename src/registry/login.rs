@@ -14,7 +14,7 @@ use url::Url;
 use super::{
     error::{Error, ErrorKind, Step, clean},
     repository::Repository,
-    send::{Request, cause},
+    send::{Request, cause, is_metadata},
 };
 use crate::auth::{BoxError, Credential, ExchangeError, Http, ToMetadata};
 
@@ -109,7 +109,7 @@ impl Outside {
         let (parts, body) = request.into_parts();
         let malformed = |what: String| self.repository.login_failure(ErrorKind::Malformed(what));
         let url = Url::parse(&parts.uri.to_string()).map_err(|error| malformed(error.to_string()))?;
-        let is_to_metadata = parts.extensions.get::<ToMetadata>().is_some();
+        let is_to_metadata = parts.extensions.get::<ToMetadata>().is_some() && is_metadata(&url);
         let mut request = Request::new(Step::Login, parts.method, url, self.repository.host().as_str());
         (request.headers, request.body) = (parts.headers, body);
         let answer = if is_to_metadata {

@@ -315,12 +315,10 @@ impl Repository {
     pub(super) async fn send_to_metadata(&self, request: &Request) -> Result<Response, Error> {
         let (url, nothing) = (&request.url, Authorization::nothing());
         let host = host_of(url);
-        let fail = |kind| Error::new(kind, request.step, &host, &request.subject);
-        if !METADATA.contains(&host.as_str()) {
-            return Err(fail(ErrorKind::Setup("no cloud's metadata is there".to_owned())));
-        }
         let transport = self.client().transport(&host);
-        let setup = |error: TransportError| fail(ErrorKind::Setup(error.to_string()));
+        let setup = |error: TransportError| {
+            Error::new(ErrorKind::Setup(error.to_string()), request.step, &host, &request.subject)
+        };
         let http = self.client().http_to_metadata(&transport).map_err(setup)?;
         self.dispatch_over(&http, None, request, url, &nothing).await
     }
@@ -527,6 +525,11 @@ fn scope_was_refused(response: &Response) -> bool {
     headers.iter().filter_map(|value| value.to_str().ok()).flat_map(Challenge::parse).any(
         |challenge| matches!(challenge, Challenge::Bearer { error: Some(error), .. } if error == "insufficient_scope"),
     )
+}
+
+/// Whether a cloud tells there who this machine is.
+pub(super) fn is_metadata(url: &Url) -> bool {
+    METADATA.contains(&host_of(url).as_str())
 }
 
 /// `host[:port]` of a URL, as limits and messages name it.

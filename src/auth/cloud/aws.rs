@@ -4,7 +4,7 @@
 //! Amazon's crates sign requests and read answers; they are sent by our own [`Http`], so that proxies, certificates and closed
 //! networks hold for them, too.
 
-use std::{fmt, net::IpAddr, sync::Arc, time::Duration};
+use std::{fmt, sync::Arc, time::Duration};
 
 use aws_config::{BehaviorVersion, Region};
 use aws_credential_types::{
@@ -66,7 +66,7 @@ pub(super) fn login(host: &Host, principal: &Principal) -> Result<Credential, Un
         Principal::Account(account) => {
             let role = account.annotation(ROLE_ARN)?.to_owned();
             let name = format!("aws {}/{} {role}", account.namespace, account.name);
-            let origin = format!("ServiceAccount {:?} as {role}", account.name);
+            let origin = format!("{} as {role}", principal.origin());
             (Who::Account { account: account.clone(), role }, name, origin)
         }
     };
@@ -309,10 +309,7 @@ impl Bridge {
         let body = body.bytes().map(Bytes::copy_from_slice);
         let body = body.ok_or_else(|| ConnectorError::user("a body that is a stream".into()))?;
         let mut request = http::Request::from_parts(parts, body);
-        // Amazon names its metadata by addresses, and its services by names.
-        if self.as_the_program
-            && request.uri().host().is_some_and(|host| host.trim_matches(['[', ']']).parse::<IpAddr>().is_ok())
-        {
+        if self.as_the_program {
             request.extensions_mut().insert(ToMetadata);
         }
         let answer = self.http.send(request).await.map_err(|error| ConnectorError::other(error, None))?;

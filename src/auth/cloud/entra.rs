@@ -45,8 +45,6 @@ const AUDIENCE: &str = "api://AzureADTokenExchange";
 /// What tokens of Entra are for: the registries alone, in all clouds. Those for Azure's management do more, and are refused
 /// where a registry's `authentication-as-arm` is off.
 const SCOPE: &str = "https://containerregistry.azure.net/.default";
-/// Where a virtual machine is told who it is.
-const METADATA: &str = "169.254.169.254";
 
 /// The application, by its client and its tenant, is that of a `ServiceAccount`.
 pub(super) fn login(host: &Host, principal: &Principal, application: Option<(&str, &str)>) -> Credential {
@@ -251,7 +249,7 @@ impl Way {
         for (name, value) in request.headers().iter() {
             ours = ours.header(name.as_str(), value.as_str());
         }
-        if self.is_of_program && host == METADATA {
+        if self.is_of_program {
             ours = ours.extension(ToMetadata);
         }
         let ours = ours.body(body.clone()).map_err(|error| malformed(error.to_string()))?;

@@ -4,10 +4,10 @@
 use std::sync::Arc;
 
 use anyhow::{Context as _, Result, ensure};
-use kube::api::{Patch, PatchParams};
 use serde_json::{Value, json};
 use testenv::{Hosts, Image, RegistryOptions, RegistryServer, amazon::Amazon, hosts::HostsBuilder, registry::Auth};
 
+use super::service_account;
 use crate::support::{Place, message};
 
 const REGISTRY: &str = "123456789012.dkr.ecr.eu-west-1.amazonaws.com";
@@ -24,8 +24,9 @@ struct Ecr {
 }
 
 impl Ecr {
-    /// With these repositories, or any if none is named.
+    /// Without any repository, or with all. The source has `agent:1`.
     async fn start(place: &Place, lacks_repositories: bool) -> Result<Self> {
+        place.push(&place.env.source, "agent", "1", &Image::single(1, &[1000])).await?;
         let ca = place.env.ca()?;
         let users = vec![("AWS".to_owned(), "ecr-password-1".to_owned())];
         let options = RegistryOptions { name: "ecr".into(), auth: Auth::Htpasswd(users), ..RegistryOptions::default() };
@@ -53,27 +54,21 @@ impl Ecr {
     }
 }
 
-/// A mirror of `agent:1` in the registry.
-async fn spec(place: &Place, changes: &Value) -> Result<Value> {
-    place.push(&place.env.source, "agent", "1", &Image::single(1, &[1000])).await?;
-    let mut spec = place.spec(&place.env.source, &place.env.target, &[("agent", &["1"])]);
-    spec["target"] = json!({"registry": REGISTRY, "repository": "team/{name}"});
-    for (key, value) in changes.as_object().into_iter().flatten() {
-        match (&mut spec[key], value) {
-            (Value::Array(list), Value::Array(more)) => list.extend(more.clone()),
-            (place, value) => *place = value.clone(),
-        }
-    }
-    Ok(spec)
-}
-
 async fn key_pair(place: &Place, secret: &str) -> Result<()> {
     let auths = json!({"auths": {REGISTRY: {"username": KEY, "password": secret}}}).to_string();
     place.secret("push", "kubernetes.io/dockerconfigjson", &[(".dockerconfigjson", &auths)]).await
 }
 
-fn with_secret() -> Value {
-    json!({"target": {"registry": REGISTRY, "repository": "team/{name}", "secretRef": {"name": "push"}}})
+/// A mirror of `agent:1` in the registry, with an access key.
+fn with_key(place: &Place) -> Value {
+    let mut spec = place.spec(&place.env.source, &place.env.target, &[("agent", &["1"])]);
+    spec["target"] = json!({"registry": REGISTRY, "repository": "team/{name}", "secretRef": {"name": "push"}});
+    spec
+}
+
+/// The same with an identity.
+fn with_identity(place: &Place, account: Option<&str>) -> Value {
+    super::spec(place, "aws", REGISTRY, "team/{name}", account)
 }
 
 #[tokio::test]
@@ -82,7 +77,7 @@ async fn an_access_key_is_exchanged_for_a_password_that_is_had_again_when_it_is_
     let ecr = Ecr::start(&place, false).await?;
     key_pair(&place, "wrong").await?;
     let operator = place.operator_from(ecr.config(&place), &json!({}), "debug")?;
-    place.apply("m", &spec(&place, &with_secret()).await?).await?;
+    place.apply("m", &with_key(&place)).await?;
     let status = place.until_reason("m", "AuthenticationFailed").await?.status.unwrap_or_default();
     let said = message(&status, "Ready");
     ensure!(said.contains("InvalidSignatureException") && said.contains("Secret \"push\""), "{said}");
@@ -106,7 +101,7 @@ async fn a_repository_that_a_push_needs_is_made_where_the_administrator_says_so(
     let ecr = Ecr::start(&place, true).await?;
     key_pair(&place, SECRET).await?;
     let operator = place.operator_from(ecr.config(&place), &json!({}), "debug")?;
-    place.apply("m", &spec(&place, &with_secret()).await?).await?;
+    place.apply("m", &with_key(&place)).await?;
     let status = place.until_reason("m", "RepositoryMissing").await?.status.unwrap_or_default();
     ensure!(message(&status, "Ready").contains("team/agent"), "{}", message(&status, "Ready"));
     ensure!(ecr.amazon.created().is_empty());
@@ -129,29 +124,17 @@ async fn a_repository_that_a_push_needs_is_made_where_the_administrator_says_so(
     Ok(())
 }
 
-/// A `ServiceAccount` with the role.
-async fn account(place: &Place, name: &str, annotations: &Value) -> Result<()> {
-    let api: kube::Api<k8s_openapi::api::core::v1::ServiceAccount> =
-        kube::Api::namespaced(crate::support::admin(place.env).await?, &place.namespace);
-    let object = json!({
-        "apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": name, "annotations": annotations},
-    });
-    api.patch(name, &PatchParams::apply("test"), &Patch::Apply(&object)).await?;
-    Ok(())
-}
-
 #[tokio::test]
 async fn a_service_account_takes_on_its_role_where_the_operator_may_make_tokens() -> Result<()> {
     let place = Place::new("ecr-role").await?;
     let ecr = Ecr::start(&place, false).await?;
     ecr.amazon.trust(ROLE, &super::subject(&place, "mirror"), super::issuer(&place)?);
-    account(&place, "mirror", &json!({})).await?;
+    service_account(&place, "mirror", json!({})).await?;
     let operator = place.operator_from(ecr.config(&place), &json!({}), "debug")?;
-    let provider = json!({"serviceAccountName": "mirror", "registries": [{"host": REGISTRY, "provider": "aws"}]});
-    place.apply("m", &spec(&place, &provider).await?).await?;
+    place.apply("m", &with_identity(&place, Some("mirror"))).await?;
     let status = place.until_reason("m", "SecretInvalid").await?.status.unwrap_or_default();
     ensure!(message(&status, "Ready").contains("eks.amazonaws.com/role-arn"), "{}", message(&status, "Ready"));
-    account(&place, "mirror", &json!({"eks.amazonaws.com/role-arn": ROLE})).await?;
+    service_account(&place, "mirror", json!({"eks.amazonaws.com/role-arn": ROLE})).await?;
     let status = place.until_reason("m", "Forbidden").await?.status.unwrap_or_default();
     ensure!(message(&status, "Ready").contains("serviceAccountTokens.create"), "{}", message(&status, "Ready"));
     place.make_tokens()?;
@@ -164,12 +147,8 @@ async fn a_service_account_takes_on_its_role_where_the_operator_may_make_tokens(
     );
     ensure!(ecr.asked(&format!("POST {STS}/")) == 1 && ecr.amazon.given() == 1, "{:?}", ecr.hosts.asked());
     // A role that it may not take on.
-    account(&place, "other", &json!({"eks.amazonaws.com/role-arn": ROLE})).await?;
-    let other = json!({
-        "serviceAccountName": "other", "registries": [{"host": REGISTRY, "provider": "aws"}],
-        "target": {"registry": REGISTRY, "repository": "other/{name}"},
-    });
-    place.apply("n", &spec(&place, &other).await?).await?;
+    service_account(&place, "other", json!({"eks.amazonaws.com/role-arn": ROLE})).await?;
+    place.apply("n", &super::spec(&place, "aws", REGISTRY, "other/{name}", Some("other"))).await?;
     let status = place.until_reason("n", "PermissionDenied").await?.status.unwrap_or_default();
     ensure!(message(&status, "Ready").contains("AccessDenied"), "{}", message(&status, "Ready"));
     ensure!(!operator.logged()?.contains("eyJ"), "a token is in the log");
@@ -184,8 +163,7 @@ async fn the_operators_own_identity_is_for_the_namespaces_that_are_listed() -> R
         [("AWS_ACCESS_KEY_ID", KEY), ("AWS_SECRET_ACCESS_KEY", SECRET), ("AWS_EC2_METADATA_DISABLED", "true")];
     let mut config = place.settings(ecr.config(&place), &json!({}))?;
     let operator = place.operator_where(&config, &[], &variables)?;
-    let provider = json!({"registries": [{"host": REGISTRY, "provider": "aws"}]});
-    place.apply("m", &spec(&place, &provider).await?).await?;
+    place.apply("m", &with_identity(&place, None)).await?;
     let status = place.until_reason("m", "Forbidden").await?.status.unwrap_or_default();
     ensure!(message(&status, "Ready").contains("identityNamespaces"), "{}", message(&status, "Ready"));
     ensure!(ecr.hosts.asked().iter().all(|line| !line.contains(API)), "{:?}", ecr.hosts.asked());

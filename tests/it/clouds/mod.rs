@@ -14,7 +14,7 @@ use anyhow::{Result, ensure};
 use k8s_openapi::api::core::v1::ServiceAccount;
 use kube::{
     Api,
-    api::{ListParams, PostParams},
+    api::{ListParams, Patch, PatchParams},
 };
 use serde_json::{Value, json};
 use testenv::{images::Image, oidc::Issuer};
@@ -27,11 +27,13 @@ fn issuer(place: &Place) -> Result<Issuer> {
     Issuer::new(&get("/openid/v1/jwks")?, &get("/.well-known/openid-configuration")?)
 }
 
+/// Makes a `ServiceAccount`, or gives it these annotations.
 async fn service_account(place: &Place, name: &str, annotations: Value) -> Result<()> {
-    let account = json!({"metadata": {"name": name, "annotations": annotations}});
-    let account: ServiceAccount = serde_json::from_value(account)?;
+    let account = json!({
+        "apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": name, "annotations": annotations},
+    });
     let api: Api<ServiceAccount> = Api::namespaced(place.client.clone(), &place.namespace);
-    api.create(&PostParams::default(), &account).await?;
+    api.patch(name, &PatchParams::apply("test"), &Patch::Apply(&account)).await?;
     Ok(())
 }
 

@@ -137,19 +137,28 @@ pub fn client_config(ca_pem: &str) -> Result<Arc<rustls::ClientConfig>> {
 
 /// An HTTP client that trusts `ca_pem` alone, takes no proxy from the environment and follows no redirect.
 pub fn http_client(ca_pem: &str, identity: Option<&Identity>) -> Result<reqwest::Client> {
-    // The process's default provider may have been set by the program under test: either way it is aws-lc-rs.
-    let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
-    let mut builder = reqwest::Client::builder()
-        .tls_certs_only([reqwest::Certificate::from_pem(ca_pem.as_bytes())?])
-        .no_proxy()
-        .redirect(reqwest::redirect::Policy::none())
-        .connect_timeout(std::time::Duration::from_secs(5))
-        .timeout(std::time::Duration::from_mins(1));
+    let mut builder = client_builder(ca_pem)?;
     if let Some(identity) = identity {
         let pem = format!("{}{}", identity.cert_pem, identity.key_pem);
         builder = builder.identity(reqwest::Identity::from_pem(pem.as_bytes())?);
     }
     Ok(builder.build()?)
+}
+
+/// The same that sends everything to a proxy.
+pub(crate) fn http_client_behind(ca_pem: &str, proxy: &str) -> Result<reqwest::Client> {
+    Ok(client_builder(ca_pem)?.proxy(reqwest::Proxy::all(proxy)?).build()?)
+}
+
+fn client_builder(ca_pem: &str) -> Result<reqwest::ClientBuilder> {
+    // The process's default provider may have been set by the program under test: either way it is aws-lc-rs.
+    let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
+    Ok(reqwest::Client::builder()
+        .tls_certs_only([reqwest::Certificate::from_pem(ca_pem.as_bytes())?])
+        .no_proxy()
+        .redirect(reqwest::redirect::Policy::none())
+        .connect_timeout(std::time::Duration::from_secs(5))
+        .timeout(std::time::Duration::from_mins(1)))
 }
 
 fn provider() -> Arc<rustls::crypto::CryptoProvider> {

@@ -2,6 +2,7 @@
 //! engine under test, so that it can judge it. Logs in with the registry's credentials, Basic or Bearer.
 
 use std::collections::HashMap;
+use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context, Result, bail};
@@ -11,8 +12,9 @@ use http::{HeaderMap, Method, StatusCode, header};
 use reqwest::{RequestBuilder, Response, Url};
 use serde_json::Value;
 
-use crate::certs::http_client;
+use crate::certs::{http_client, http_client_behind};
 use crate::env::Env;
+use crate::hosts::Hosts;
 use crate::images::{Content, DOCKER_LIST, DOCKER_MANIFEST, Image, OCI_INDEX, OCI_MANIFEST};
 use crate::registry::Registry;
 
@@ -37,6 +39,14 @@ impl Client {
     pub fn trusting(ca_pem: &str, registry: &Registry) -> Result<Self> {
         let http = http_client(ca_pem, None)?;
         Ok(Self { http, registry: registry.clone(), tokens: Mutex::default() })
+    }
+
+    /// One of a registry that is found by its own name behind these hosts, with a name and a password.
+    pub fn behind(hosts: &Hosts, ca_pem: &str, host: &str, (name, password): (&str, &str)) -> Result<Self> {
+        let http = http_client_behind(ca_pem, &hosts.url())?;
+        let host = host.to_owned();
+        let registry = Registry { host, tls: true, username: None, password: None, log: PathBuf::new() };
+        Ok(Self { http, registry: registry.with_credentials(name, password), tokens: Mutex::default() })
     }
 
     /// Pushes blobs, then manifests, then the root as `reference`: a tag, or its digest.

@@ -10,12 +10,42 @@ use testenv::{Hosts, Image, RegistryOptions, RegistryServer, amazon::Amazon, hos
 use super::service_account;
 use crate::support::{Place, message};
 
-const REGISTRY: &str = "123456789012.dkr.ecr.eu-west-1.amazonaws.com";
+pub(super) const REGISTRY: &str = "123456789012.dkr.ecr.eu-west-1.amazonaws.com";
 const API: &str = "api.ecr.eu-west-1.amazonaws.com";
 const STS: &str = "sts.eu-west-1.amazonaws.com";
-const KEY: &str = "AKIAIOSFODNN7EXAMPLE";
-const SECRET: &str = "wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY";
-const ROLE: &str = "arn:aws:iam::123456789012:role/mirror";
+pub(super) const KEY: &str = "AKIAIOSFODNN7EXAMPLE";
+pub(super) const SECRET: &str = "wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY";
+pub(super) const ROLE: &str = "arn:aws:iam::123456789012:role/mirror";
+
+/// A registry of Amazon's and the APIs of ECR and STS.
+pub(super) struct Servers {
+    pub(super) amazon: Arc<Amazon>,
+    pub(super) registry: RegistryServer,
+}
+
+impl Servers {
+    /// `others` are users besides those whom the API gives its password.
+    pub(super) async fn start(place: &Place, others: &[(&str, &str)]) -> Result<Self> {
+        let users = [("AWS", "ecr-password-1")].iter().chain(others);
+        let users = users.map(|(name, password)| ((*name).to_owned(), (*password).to_owned())).collect();
+        let options = RegistryOptions { name: "ecr".into(), auth: Auth::Htpasswd(users), ..RegistryOptions::default() };
+        let registry = RegistryServer::start(place.env, options).await?;
+        let amazon = Arc::new(Amazon::new("eu-west-1"));
+        amazon.add_key(KEY, SECRET);
+        amazon.set_password("ecr-password-1");
+        Ok(Self { amazon, registry })
+    }
+
+    /// Makes all of it found under its own names; without any repository, or with all.
+    pub(super) fn behind(&self, hosts: HostsBuilder, lacks_repositories: bool) -> HostsBuilder {
+        let [ecr, sts, missing] = [(); 3].map(|()| Arc::clone(&self.amazon));
+        let guard = move |_: &http::Method, path: &str| missing.missing(path).filter(|_| lacks_repositories);
+        hosts
+            .guarded(REGISTRY, "/v2/", self.registry.host(), guard)
+            .function(API, "/", move |asked| ecr.ecr(asked))
+            .function(STS, "/", move |asked| sts.sts(asked))
+    }
+}
 
 struct Ecr {
     hosts: Hosts,
@@ -24,24 +54,12 @@ struct Ecr {
 }
 
 impl Ecr {
-    /// Without any repository, or with all. The source has `agent:1`.
+    /// The source has `agent:1`.
     async fn start(place: &Place, lacks_repositories: bool) -> Result<Self> {
         place.push(&place.env.source, "agent", "1", &Image::single(1, &[1000])).await?;
-        let ca = place.env.ca()?;
-        let users = vec![("AWS".to_owned(), "ecr-password-1".to_owned())];
-        let options = RegistryOptions { name: "ecr".into(), auth: Auth::Htpasswd(users), ..RegistryOptions::default() };
-        let registry = RegistryServer::start(place.env, options).await?;
-        let amazon = Arc::new(Amazon::new("eu-west-1"));
-        amazon.add_key(KEY, SECRET);
-        amazon.set_password("ecr-password-1");
-        let (ecr, sts, missing) = (Arc::clone(&amazon), Arc::clone(&amazon), Arc::clone(&amazon));
-        let guard = move |_: &http::Method, path: &str| missing.missing(path).filter(|_| lacks_repositories);
-        let hosts = HostsBuilder::default()
-            .guarded(REGISTRY, "/v2/", registry.host(), guard)
-            .function(API, "/", move |asked| ecr.ecr(asked))
-            .function(STS, "/", move |asked| sts.sts(asked))
-            .start(&ca)
-            .await?;
+        let servers = Servers::start(place, &[]).await?;
+        let hosts = servers.behind(HostsBuilder::default(), lacks_repositories).start(&place.env.ca()?).await?;
+        let Servers { amazon, registry } = servers;
         Ok(Self { hosts, amazon, registry })
     }
 

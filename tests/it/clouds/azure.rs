@@ -5,7 +5,8 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
+use futures::future::try_join_all;
 use imagemirror::api::ImageMirrorStatus;
 use serde_json::json;
 use testenv::{
@@ -25,83 +26,40 @@ use crate::{
 const REGISTRY: &str = "myregistry.azurecr.io";
 const ENTRA: &str = "entra-access-token-1c7a";
 
-/// A registry that gives its own refresh tokens for [`ENTRA`].
-struct Acr {
-    hosts: Hosts,
-    tokens: TokenServer,
-    _registry: RegistryServer,
-}
-
-impl Acr {
-    async fn start(place: &Place) -> Result<Self> {
-        let (env, ca) = (place.env, place.env.ca()?);
-        let options = TokenOptions { service: REGISTRY.to_owned(), oauth2: true, ..TokenOptions::default() };
-        let log = env.log(&format!("{}-acr-tokens", place.namespace));
-        let tokens = TokenServer::start(&ca, &log, options).await?;
-        let endpoint = tokens.endpoint();
-        let Auth::Token { service, issuer, jwks, .. } = endpoint.auth() else { anyhow::bail!("it has tokens") };
-        let realm = format!("https://{REGISTRY}/oauth2/token");
-        let options = RegistryOptions {
-            name: "acr".into(),
-            auth: Auth::Token { realm, service, issuer, jwks },
-            ..RegistryOptions::default()
-        };
-        let registry = RegistryServer::start(env, options).await?;
-        let refresh = tokens.refresh_token("push");
-        let address = endpoint.url.trim_start_matches("https://").trim_end_matches("/token").to_owned();
-        let hosts = HostsBuilder::default()
-            .function(REGISTRY, "/oauth2/exchange", move |asked| exchange(asked, &refresh))
-            .server_at(REGISTRY, "/oauth2/token", &address, "/token")
-            .server(REGISTRY, "/v2/", registry.host())
-            .start(&ca)
-            .await?;
-        Ok(Self { hosts, tokens, _registry: registry })
-    }
-
-    fn exchanges(&self) -> usize {
-        self.hosts.asked().iter().filter(|line| **line == format!("POST {REGISTRY}/oauth2/exchange")).count()
-    }
-}
-
-fn exchange(asked: &Asked, refresh: &str) -> Answer {
-    let form = asked.form();
-    let is = |name: &str, value: &str| form.get(name).is_some_and(|found| found == value);
-    if !is("grant_type", "access_token") || !is("service", REGISTRY) {
-        return (400, json!({"errors": [{"code": "BAD_REQUEST", "message": "invalid form"}]}).to_string());
-    }
-    if !is("access_token", ENTRA) {
-        let error = json!({"code": "UNAUTHORIZED", "message": "authentication required"});
-        return (401, json!({"errors": [error]}).to_string());
-    }
-    (200, json!({"refresh_token": refresh}).to_string())
-}
-
 /// `{"auths": …}` with a password and no user name.
-fn without_a_name(password: &str) -> String {
-    json!({"auths": {REGISTRY: {"username": "", "password": password}}}).to_string()
+pub(super) fn without_a_name(registry: &str, password: &str) -> String {
+    json!({"auths": {registry: {"username": "", "password": password}}}).to_string()
 }
 
 #[tokio::test]
 async fn a_token_without_a_user_name_is_exchanged_at_the_registry() -> Result<()> {
     let place = Place::new("acr-token").await?;
-    let acr = Acr::start(&place).await?;
+    let cloud = Cloud::start(&place).await?;
+    cloud.azure.give_out(ENTRA);
+    let exchange = format!("POST {REGISTRY}/oauth2/exchange");
+    let exchanges = || cloud.hosts.asked().iter().filter(|line| **line == exchange).count();
     place.push(&place.env.source, "agent", "1", &Image::single(1, &[1000])).await?;
-    place.secret("push", "kubernetes.io/dockerconfigjson", &[(".dockerconfigjson", &without_a_name("wrong"))]).await?;
-    let _operator =
-        place.operator_from(json!({"registries": acr.hosts.registries(&place.env.ca_path)}), &json!({}), "debug")?;
+    place
+        .secret("push", "kubernetes.io/dockerconfigjson", &[(".dockerconfigjson", &without_a_name(REGISTRY, "wrong"))])
+        .await?;
+    let _operator = place.operator_from(cloud.config(&place), &json!({}), "debug")?;
     let mut spec = place.spec(&place.env.source, &place.env.target, &[("agent", &["1"])]);
     spec["target"] = json!({"registry": REGISTRY, "repository": "team/{name}", "secretRef": {"name": "push"}});
     place.apply("m", &spec).await?;
     let status = place.until_reason("m", "AuthenticationFailed").await?.status.unwrap_or_default();
     let said = message(&status, "Ready");
     ensure!(said.contains("Secret \"push\"") && said.contains(REGISTRY), "{said}");
-    place.secret("push", "kubernetes.io/dockerconfigjson", &[(".dockerconfigjson", &without_a_name(ENTRA))]).await?;
+    place
+        .secret("push", "kubernetes.io/dockerconfigjson", &[(".dockerconfigjson", &without_a_name(REGISTRY, ENTRA))])
+        .await?;
     place.request("m").await?;
     place.until_ready("m").await?;
-    ensure!(acr.exchanges() == 2, "{:?}", acr.hosts.asked());
-    ensure!(acr.tokens.endpoint().requests()?.iter().all(|asked| asked.user.is_none() || asked.status == 200));
+    ensure!(exchanges() == 2, "{:?}", cloud.hosts.asked());
+    ensure!(
+        cloud.azure.tokens().endpoint().requests()?.iter().all(|asked| asked.user.is_none() || asked.status == 200)
+    );
     // The registry's own refresh token needs no exchange.
-    let refresh = without_a_name(&acr.tokens.refresh_token("push"));
+    let refresh = without_a_name(REGISTRY, &cloud.azure.tokens().refresh_token("push"));
     place.secret("push", "kubernetes.io/dockerconfigjson", &[(".dockerconfigjson", &refresh)]).await?;
     let moved = Image::single(2, &[1000]);
     place.push(&place.env.source, "agent", "1", &moved).await?;
@@ -111,20 +69,26 @@ async fn a_token_without_a_user_name_is_exchanged_at_the_registry() -> Result<()
         status.images.iter().any(|image| image.digest.as_ref().is_some_and(|found| found.to_string() == digest))
     };
     place.until("m", "the new image", has_moved).await?;
-    ensure!(acr.exchanges() == 2, "{:?}", acr.hosts.asked());
+    ensure!(exchanges() == 2, "{:?}", cloud.hosts.asked());
     Ok(())
 }
 
 const ENTRA_HOST: &str = "login.microsoftonline.com";
 const METADATA: &str = "169.254.169.254";
-const TENANT: &str = "72f988bf-86f1-41af-91ab-2d7cd011db47";
+pub(super) const TENANT: &str = "72f988bf-86f1-41af-91ab-2d7cd011db47";
 const AUDIENCE: &str = "api://AzureADTokenExchange";
 
-/// What Entra and the registry know.
-struct Azure {
+/// Entra, the metadata service and registries.
+pub(super) struct Azure {
     issuer: Issuer,
-    tokens: TokenServer,
+    registries: Vec<Registry>,
     state: Mutex<State>,
+}
+
+struct Registry {
+    host: &'static str,
+    tokens: TokenServer,
+    server: RegistryServer,
 }
 
 #[derive(Default)]
@@ -139,7 +103,59 @@ struct State {
     given: usize,
 }
 
+impl Registry {
+    async fn start(place: &Place, host: &'static str) -> Result<Self> {
+        let options = TokenOptions { service: host.to_owned(), oauth2: true, expires_in: 2, ..TokenOptions::default() };
+        let log = place.env.log(&format!("{}-{host}-tokens", place.namespace));
+        let tokens = TokenServer::start(&place.env.ca()?, &log, options).await?;
+        let Auth::Token { service, issuer, jwks, .. } = tokens.endpoint().auth() else { bail!("it has tokens") };
+        let auth = Auth::Token { realm: format!("https://{host}/oauth2/token"), service, issuer, jwks };
+        let options = RegistryOptions { name: host.to_owned(), auth, ..RegistryOptions::default() };
+        Ok(Self { host, tokens, server: RegistryServer::start(place.env, options).await? })
+    }
+}
+
 impl Azure {
+    pub(super) async fn start(place: &Place, hosts: &[&'static str]) -> Result<Arc<Self>> {
+        let registries = try_join_all(hosts.iter().map(|host| Registry::start(place, host))).await?;
+        let state = Mutex::new(State { life: 600, ..State::default() });
+        Ok(Arc::new(Self { issuer: super::issuer(place)?, registries, state }))
+    }
+
+    /// Makes all of it found under its own names.
+    pub(super) fn behind(self: &Arc<Self>, hosts: HostsBuilder) -> HostsBuilder {
+        let [entra, metadata] = [(); 2].map(|()| Arc::clone(self));
+        let hosts = hosts.function(ENTRA_HOST, "/", move |asked| entra.entra(asked)).function(
+            METADATA,
+            "/metadata/identity/oauth2/token",
+            move |asked| metadata.metadata(asked),
+        );
+        self.registries.iter().fold(hosts, |hosts, registry| {
+            let exchange = Arc::clone(self);
+            let url = &registry.tokens.endpoint().url;
+            let address = url.trim_start_matches("https://").trim_end_matches("/token");
+            hosts
+                .function(registry.host, "/oauth2/exchange", move |asked| exchange.exchange(asked))
+                .server_at(registry.host, "/oauth2/token", address, "/token")
+                .server(registry.host, "/v2/", registry.server.host())
+        })
+    }
+
+    /// Lets an application believe a subject.
+    pub(super) fn federate(&self, client: &str, subject: &str) {
+        self.state().federated.insert(client.to_owned(), subject.to_owned());
+    }
+
+    /// A token of Entra's that somebody has.
+    pub(super) fn give_out(&self, token: &str) {
+        self.state().secrets.push(token.to_owned());
+    }
+
+    /// The token server of the first registry.
+    fn tokens(&self) -> &TokenServer {
+        &self.registries[0].tokens
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -196,15 +212,18 @@ impl Azure {
     fn exchange(&self, asked: &Asked) -> Answer {
         let form = asked.form();
         let field = |name: &str| form.get(name).map(String::as_str).unwrap_or_default();
+        let registry = self.registries.iter().find(|registry| registry.host == field("service"));
         let mut state = self.state();
         let tenant_is_fine = ["", TENANT].contains(&field("tenant"));
         let is_known =
             !field("access_token").is_empty() && state.secrets.iter().any(|given| given == field("access_token"));
-        if field("grant_type") != "access_token" || field("service") != REGISTRY || !tenant_is_fine || !is_known {
+        let registry = registry.filter(|registry| registry.host == asked.host);
+        let is_fine = field("grant_type") == "access_token" && tenant_is_fine && is_known;
+        let Some(registry) = registry.filter(|_| is_fine) else {
             let error = json!({"code": "UNAUTHORIZED", "message": "authentication required"});
             return (401, json!({"errors": [error]}).to_string());
-        }
-        let refresh = self.tokens.refresh_token_for("push", state.life);
+        };
+        let refresh = registry.tokens.refresh_token_for("push", state.life);
         state.secrets.push(refresh.clone());
         (200, json!({"refresh_token": refresh}).to_string())
     }
@@ -223,41 +242,17 @@ impl State {
     }
 }
 
-/// Entra, the metadata service and a registry.
+/// Azure with one registry, under its own names.
 struct Cloud {
     azure: Arc<Azure>,
     hosts: Hosts,
-    _registry: RegistryServer,
 }
 
 impl Cloud {
     async fn start(place: &Place) -> Result<Self> {
-        let (env, ca) = (place.env, place.env.ca()?);
-        let options =
-            TokenOptions { service: REGISTRY.to_owned(), oauth2: true, expires_in: 2, ..TokenOptions::default() };
-        let tokens = TokenServer::start(&ca, &env.log(&format!("{}-acr-tokens", place.namespace)), options).await?;
-        let endpoint = tokens.endpoint().clone();
-        let Auth::Token { service, issuer, jwks, .. } = endpoint.auth() else { anyhow::bail!("it has tokens") };
-        let auth = Auth::Token { realm: format!("https://{REGISTRY}/oauth2/token"), service, issuer, jwks };
-        let options = RegistryOptions { name: "acr".into(), auth, ..RegistryOptions::default() };
-        let registry = RegistryServer::start(env, options).await?;
-        let state = Mutex::new(State { life: 600, ..State::default() });
-        let azure = Arc::new(Azure { issuer: crate::clouds::issuer(place)?, tokens, state });
-        let [entra, metadata, exchange] = [(); 3].map(|()| Arc::clone(&azure));
-        let address = endpoint.url.trim_start_matches("https://").trim_end_matches("/token").to_owned();
-        let hosts = HostsBuilder::default()
-            .function(ENTRA_HOST, "/", move |asked| entra.entra(asked))
-            .function(METADATA, "/metadata/identity/oauth2/token", move |asked| metadata.metadata(asked))
-            .function(REGISTRY, "/oauth2/exchange", move |asked| exchange.exchange(asked))
-            .server_at(REGISTRY, "/oauth2/token", &address, "/token")
-            .server(REGISTRY, "/v2/", registry.host())
-            .start(&ca)
-            .await?;
-        Ok(Self { azure, hosts, _registry: registry })
-    }
-
-    fn federate(&self, client: &str, subject: &str) {
-        self.azure.state().federated.insert(client.to_owned(), subject.to_owned());
+        let azure = Azure::start(place, &[REGISTRY]).await?;
+        let hosts = azure.behind(HostsBuilder::default()).start(&place.env.ca()?).await?;
+        Ok(Self { azure, hosts })
     }
 
     fn config(&self, place: &Place) -> serde_json::Value {
@@ -272,7 +267,7 @@ impl Cloud {
     }
 }
 
-fn annotations(client: &str, tenant: &str) -> serde_json::Value {
+pub(super) fn annotations(client: &str, tenant: &str) -> serde_json::Value {
     json!({"azure.workload.identity/client-id": client, "azure.workload.identity/tenant-id": tenant})
 }
 
@@ -281,7 +276,7 @@ async fn a_service_account_logs_in_at_azure_and_its_login_is_renewed_before_its_
     let place = Place::new("azure-account").await?;
     place.make_tokens()?;
     let cloud = Cloud::start(&place).await?;
-    cloud.federate("client-a", &subject(&place, "mirror"));
+    cloud.azure.federate("client-a", &subject(&place, "mirror"));
     service_account(&place, "mirror", annotations("client-a", TENANT)).await?;
     place.push(&place.env.source, "agent", "1", &Image::single(1, &[1000])).await?;
     let operator = place.operator_from(cloud.config(&place), &json!({}), TALKATIVE)?;
@@ -292,9 +287,9 @@ async fn a_service_account_logs_in_at_azure_and_its_login_is_renewed_before_its_
     // What is refused is renewed at once; from then on they are short.
     cloud.azure.state().life = 3;
     let first = cloud.azure.state().secrets.last().cloned().unwrap_or_default();
-    cloud.azure.tokens.revoke(&first);
+    cloud.azure.tokens().revoke(&first);
     images_come_over_until(&place, &["m"], || given() >= 4).await?;
-    let requests = cloud.azure.tokens.endpoint().requests()?;
+    let requests = cloud.azure.tokens().endpoint().requests()?;
     // Of several requests at one time each may show what is revoked.
     let mut statuses: Vec<_> = requests.iter().map(|asked| asked.status).collect();
     statuses.dedup();
@@ -313,10 +308,10 @@ async fn what_is_wrong_with_an_identity_at_azure_is_said_with_what_to_do() -> Re
     let cloud = Cloud::start(&place).await?;
     place.push(&place.env.source, "agent", "1", &Image::single(1, &[1000])).await?;
     let operator = place.operator_from(cloud.config(&place), &json!({}), TALKATIVE)?;
-    cloud.federate("client-a", &subject(&place, "mirror"));
+    cloud.azure.federate("client-a", &subject(&place, "mirror"));
     // What another namespace is, this one is not.
-    cloud.federate("client-b", "system:serviceaccount:another:of-another");
-    cloud.federate("client-c", "echo");
+    cloud.azure.federate("client-b", "system:serviceaccount:another:of-another");
+    cloud.azure.federate("client-c", "echo");
     let issuer = cloud.azure.issuer.name().to_owned();
     let federate = |name: &str| {
         let subject = subject(&place, name);
@@ -375,7 +370,7 @@ async fn what_is_wrong_with_an_identity_at_azure_is_said_with_what_to_do() -> Re
 async fn the_operators_own_identity_at_azure_is_that_of_its_pod_else_of_its_machine() -> Result<()> {
     let place = Place::new("azure-own").await?;
     let cloud = Cloud::start(&place).await?;
-    cloud.federate("operator", &subject(&place, "imagemirror"));
+    cloud.azure.federate("operator", &subject(&place, "imagemirror"));
     let token = place.kubectl(&["create", "token", "imagemirror", &format!("--audience={AUDIENCE}")])?;
     let file = place.env.run_dir.join(format!("{}.token", place.namespace));
     std::fs::write(&file, token.trim())?;

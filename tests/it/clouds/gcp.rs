@@ -16,18 +16,20 @@ use testenv::{
 use super::{TALKATIVE, images_come_over_until, nothing_is_told, service_account, spec, subject};
 use crate::support::{Place, message};
 
-const REGISTRY: &str = "europe-west1-docker.pkg.dev";
+pub(super) const REGISTRY: &str = "europe-west1-docker.pkg.dev";
 const STS: &str = "sts.googleapis.com";
 const IAM: &str = "iamcredentials.googleapis.com";
 const METADATA: &str = "metadata.google.internal";
 const SCOPE: &str = "https://www.googleapis.com/auth/cloud-platform";
-const CLUSTER: &str = "projects/my-project/locations/europe-west1/clusters/c1";
+pub(super) const CLUSTER: &str = "projects/my-project/locations/europe-west1/clusters/c1";
 const PROVIDER: &str = "projects/4711/locations/global/workloadIdentityPools/pool/providers/k8s";
-const EMAIL: &str = "mirror@my-project.iam.gserviceaccount.com";
+pub(super) const EMAIL: &str = "mirror@my-project.iam.gserviceaccount.com";
 
-/// What Google knows.
-struct Google {
+/// Google's token services, its metadata server and a registry.
+pub(super) struct Google {
     issuer: Issuer,
+    tokens: TokenServer,
+    registry: RegistryServer,
     /// Seconds for which its tokens are good.
     life: u64,
     state: Mutex<State>,
@@ -53,6 +55,37 @@ fn refusal(code: u16, status: &str, message: &str) -> Answer {
 }
 
 impl Google {
+    /// Its tokens are good for `life` seconds; passwords that are not its own are those of [`TokenOptions`].
+    pub(super) async fn start(place: &Place, life: u64) -> Result<Arc<Self>> {
+        let passwords: Vec<_> = (0..64).map(|_| format!("ya29.token-{:032x}", fastrand::u128(..))).collect();
+        let user = |password: &String| User::new("oauth2accesstoken", password, &["pull", "push"]);
+        let mut options = TokenOptions { service: REGISTRY.to_owned(), expires_in: 1, ..TokenOptions::default() };
+        options.users.extend(passwords.iter().map(user));
+        let log = place.env.log(&format!("{}-gar-tokens", place.namespace));
+        let tokens = TokenServer::start(&place.env.ca()?, &log, options).await?;
+        let Auth::Token { service, issuer, jwks, .. } = tokens.endpoint().auth() else { bail!("it has tokens") };
+        let auth = Auth::Token { realm: format!("https://{REGISTRY}/v2/token"), service, issuer, jwks };
+        let options = RegistryOptions { name: "gar".into(), auth, ..RegistryOptions::default() };
+        let registry = RegistryServer::start(place.env, options).await?;
+        let state = Mutex::new(State { passwords, ..State::default() });
+        Ok(Arc::new(Self { issuer: super::issuer(place)?, tokens, registry, life, state }))
+    }
+
+    /// Makes all of it found under its own names.
+    pub(super) fn behind(self: &Arc<Self>, hosts: HostsBuilder) -> HostsBuilder {
+        let [sts, iam, metadata] = [(); 3].map(|()| Arc::clone(self));
+        let url = &self.tokens.endpoint().url;
+        let address = url.trim_start_matches("https://").trim_end_matches("/token");
+        hosts
+            .function(STS, "/", move |asked| sts.sts(asked))
+            .function(IAM, "/", move |asked| iam.iam(asked))
+            .function(METADATA, "/computeMetadata/v1/instance/service-accounts/default/token", move |asked| {
+                metadata.metadata(asked)
+            })
+            .server_at(REGISTRY, "/v2/token", address, "/token")
+            .server(REGISTRY, "/v2/", self.registry.host())
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -146,45 +179,17 @@ impl State {
     }
 }
 
-/// Google and a registry of it.
+/// Google under its own names.
 struct Cloud {
     google: Arc<Google>,
     hosts: Hosts,
-    tokens: TokenServer,
-    _registry: RegistryServer,
 }
 
 impl Cloud {
     async fn start(place: &Place, life: u64) -> Result<Self> {
-        let (env, ca) = (place.env, place.env.ca()?);
-        let passwords: Vec<_> = (0..64).map(|_| format!("ya29.token-{:032x}", fastrand::u128(..))).collect();
-        let user = |password: &String| User::new("oauth2accesstoken", password, &["pull", "push"]);
-        let options = TokenOptions {
-            service: REGISTRY.to_owned(),
-            expires_in: 1,
-            users: passwords.iter().map(user).collect(),
-            ..TokenOptions::default()
-        };
-        let tokens = TokenServer::start(&ca, &env.log(&format!("{}-gar-tokens", place.namespace)), options).await?;
-        let Auth::Token { service, issuer, jwks, .. } = tokens.endpoint().auth() else { bail!("it has tokens") };
-        let auth = Auth::Token { realm: format!("https://{REGISTRY}/v2/token"), service, issuer, jwks };
-        let options = RegistryOptions { name: "gar".into(), auth, ..RegistryOptions::default() };
-        let registry = RegistryServer::start(env, options).await?;
-        let state = Mutex::new(State { passwords, ..State::default() });
-        let google = Arc::new(Google { issuer: super::issuer(place)?, life, state });
-        let [sts, iam, metadata] = [(); 3].map(|()| Arc::clone(&google));
-        let address = tokens.endpoint().url.trim_start_matches("https://").trim_end_matches("/token").to_owned();
-        let hosts = HostsBuilder::default()
-            .function(STS, "/", move |asked| sts.sts(asked))
-            .function(IAM, "/", move |asked| iam.iam(asked))
-            .function(METADATA, "/computeMetadata/v1/instance/service-accounts/default/token", move |asked| {
-                metadata.metadata(asked)
-            })
-            .server_at(REGISTRY, "/v2/token", &address, "/token")
-            .server(REGISTRY, "/v2/", registry.host())
-            .start(&ca)
-            .await?;
-        Ok(Self { google, hosts, tokens, _registry: registry })
+        let google = Google::start(place, life).await?;
+        let hosts = google.behind(HostsBuilder::default()).start(&place.env.ca()?).await?;
+        Ok(Self { google, hosts })
     }
 
     fn config(&self, place: &Place) -> Value {
@@ -193,7 +198,7 @@ impl Cloud {
 }
 
 const TRUST: &str = "imagemirror.dev/gcp-workload-identity";
-const SERVICE_ACCOUNT: &str = "iam.gke.io/gcp-service-account";
+pub(super) const SERVICE_ACCOUNT: &str = "iam.gke.io/gcp-service-account";
 
 #[tokio::test]
 async fn a_service_account_logs_in_at_google_as_itself_or_another_and_its_login_is_renewed_before_its_end() -> Result<()>
@@ -213,7 +218,7 @@ async fn a_service_account_logs_in_at_google_as_itself_or_another_and_its_login_
     let asked = |host: &str| cloud.hosts.asked().iter().filter(|line| line.contains(host)).count();
     let is_renewed = || asked(IAM) >= 4 && asked(STS) >= 8;
     images_come_over_until(&place, &["mirror", "itself"], is_renewed).await?;
-    let requests = cloud.tokens.endpoint().requests()?;
+    let requests = cloud.google.tokens.endpoint().requests()?;
     ensure!(requests.iter().all(|asked| asked.user.is_none() || asked.status == 200), "{requests:?}");
     let own = subject(&place, "mirror");
     let impersonated = cloud.google.state().impersonated.clone();
@@ -318,7 +323,7 @@ async fn the_operators_own_identity_at_google_is_that_of_the_metadata_server() -
     let asked = || cloud.hosts.asked().iter().filter(|line| line.contains(METADATA)).count();
     ensure!(asked() == 1, "{:?}", cloud.hosts.asked());
     let first = cloud.google.state().secrets.last().cloned().unwrap_or_default();
-    cloud.tokens.revoke(&first);
+    cloud.google.tokens.revoke(&first);
     images_come_over_until(&place, &["m"], || asked() == 2).await?;
     let secrets = cloud.google.state().secrets.clone();
     nothing_is_told(&place, &operator, &secrets).await

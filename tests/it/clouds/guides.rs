@@ -1,20 +1,30 @@
 //! Every ImageMirror of `docs/registries/` is synced as it is written there, with registries of this machine in place of the
-//! hosts. Those that log in with an identity are validated: their clouds have tests of their own.
+//! hosts, and of their clouds' token services where it logs in with an identity.
 
-use std::{collections::BTreeMap, path::Path, process::Command};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::Path,
+    process::Command,
+    sync::Arc,
+};
 
 use anyhow::{Context as _, Result, ensure};
 use futures::future::try_join_all;
 use imagemirror::oci::Reference;
 use serde_json::{Value, json};
-use testenv::{Image, RegistryOptions, RegistryServer, hosts::HostsBuilder, images::Content, registry::Auth};
+use testenv::{Hosts, Image, RegistryOptions, RegistryServer, hosts::HostsBuilder, images::Content, registry::Auth};
 
+use super::{aws, azure, gcp, service_account, subject};
 use crate::support::{Place, run};
 
 /// What the pages say of a digest.
 const PINNED: (u64, &[usize]) = (811, &[1000]);
 const FOREIGN: &str = "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip";
-const USER: (&str, &str) = ("user", "password-of-the-pages");
+/// Somebody whom every registry with logins knows: token servers do by themselves.
+const USER: (&str, &str) = ("push", "push-password-4711");
+/// A token of another tenant's, as the page for Azure puts it into a Secret.
+const ENTRA: (&str, &str) = ("other-tenant", "entra-access-token-of-the-pages");
+const ACR: [&str; 2] = ["myregistry.azurecr.io", "mysourceregistry.azurecr.io"];
 
 /// The objects of all pages.
 fn objects() -> Result<Vec<Value>> {
@@ -31,9 +41,34 @@ fn objects() -> Result<Vec<Value>> {
     Ok(objects)
 }
 
-fn has_identity(object: &Value) -> bool {
-    let registries = object["spec"]["registries"].as_array();
-    registries.is_some_and(|all| all.iter().any(|registry| registry["provider"].is_string()))
+/// The clouds that have registries on the pages, with the one ServiceAccount that all of them trust.
+struct Clouds {
+    amazon: aws::Servers,
+    azure: Arc<azure::Azure>,
+    google: Arc<gcp::Google>,
+}
+
+impl Clouds {
+    async fn start(place: &Place) -> Result<Self> {
+        let (amazon, azure, google) =
+            tokio::try_join!(aws::Servers::start(place, &[USER]), azure::Azure::start(place, &ACR), async {
+                gcp::Google::start(place, 600).await
+            })?;
+        let who = subject(place, "mirror");
+        amazon.amazon.trust(aws::ROLE, &who, super::issuer(place)?);
+        azure.federate("CLIENT_ID", &who);
+        azure.give_out(ENTRA.1);
+        let mut annotations = azure::annotations("CLIENT_ID", azure::TENANT);
+        annotations["eks.amazonaws.com/role-arn"] = aws::ROLE.into();
+        annotations[gcp::SERVICE_ACCOUNT] = gcp::EMAIL.into();
+        service_account(place, "mirror", annotations).await?;
+        place.make_tokens()?;
+        Ok(Self { amazon, azure, google })
+    }
+
+    fn behind(&self, hosts: HostsBuilder) -> HostsBuilder {
+        self.google.behind(self.azure.behind(self.amazon.behind(hosts, false)))
+    }
 }
 
 /// The sources of an object, and the tags or the digest that it wants of each.
@@ -68,44 +103,57 @@ fn image_of(source: &Reference) -> Image {
     }
 }
 
-/// A registry for each host of the objects, with what is wanted of it.
-async fn registries(place: &Place, objects: &[Value]) -> Result<BTreeMap<String, RegistryServer>> {
-    let mut servers = BTreeMap::new();
+/// Whether it reads from `host`, and without a login.
+fn reads_freely(object: &Value, host: &str) -> bool {
+    let spec = &object["spec"];
+    let has_login = spec["imagePullSecrets"].is_array()
+        || spec["registries"].as_array().into_iter().flatten().any(|registry| registry["host"] == host);
+    !has_login && sources(object).is_ok_and(|sources| sources.iter().any(|(source, _)| source.host.as_str() == host))
+}
+
+/// A registry for each host of the objects that is not there yet. What one object reads without a login, everybody may read.
+async fn others(place: &Place, objects: &[Value]) -> Result<Vec<(String, RegistryServer)>> {
+    let mut hosts = BTreeSet::new();
     for object in objects {
-        let target = object["spec"]["target"]["registry"].as_str().context("target")?.to_owned();
-        let sources = sources(object)?;
-        for host in sources.iter().map(|(source, _)| source.host.to_string()).chain([target]) {
-            if servers.contains_key(&host) {
-                continue;
-            }
-            let extra = json!({"validation": {"manifests": {"urls": {"allow": [".*"]}}}});
-            // What one object reads without a login, everybody may read.
-            let mut readers = objects.iter().filter(|object| !object["spec"]["imagePullSecrets"].is_array());
-            let is_public =
-                readers.any(|object| reads(object, &host)) || !objects.iter().any(|object| writes(object, &host));
-            let users = vec![(USER.0.to_owned(), USER.1.to_owned())];
-            let auth = if is_public { Auth::None } else { Auth::Htpasswd(users) };
-            let options = RegistryOptions { name: format!("guide-{host}"), auth, extra, ..RegistryOptions::default() };
-            servers.insert(host, RegistryServer::start(place.env, options).await?);
-        }
-        for (source, references) in sources {
-            let server = servers.get(&source.host.to_string()).context("no server")?;
-            let client = testenv::Client::new(place.env, server.registry())?;
-            for reference in references {
-                client.push(source.repository.as_str(), &reference, &image_of(&source)).await?;
-            }
+        hosts.insert(object["spec"]["target"]["registry"].as_str().context("target")?.to_owned());
+        hosts.extend(sources(object)?.into_iter().map(|(source, _)| source.host.to_string()));
+    }
+    for host in ACR.into_iter().chain([aws::REGISTRY, gcp::REGISTRY]) {
+        ensure!(hosts.remove(host), "no page has {host}");
+    }
+    try_join_all(hosts.into_iter().map(async |host| {
+        let is_public = objects.iter().any(|object| reads_freely(object, &host));
+        let users = vec![(USER.0.to_owned(), USER.1.to_owned())];
+        let options = RegistryOptions {
+            name: format!("guide-{host}"),
+            auth: if is_public { Auth::None } else { Auth::Htpasswd(users) },
+            extra: json!({"validation": {"manifests": {"urls": {"allow": [".*"]}}}}),
+            ..RegistryOptions::default()
+        };
+        let server = RegistryServer::start(place.env, options).await?;
+        Ok((host, server))
+    }))
+    .await
+}
+
+/// Where a registry of this name is dialled.
+fn dialled(host: &str) -> &str {
+    if host == "docker.io" { "registry-1.docker.io" } else { host }
+}
+
+fn client(place: &Place, hosts: &Hosts, host: &str) -> Result<testenv::Client> {
+    testenv::Client::behind(hosts, &place.env.ca_pem, dialled(host), USER)
+}
+
+/// What an object wants is at its sources.
+async fn fill(place: &Place, hosts: &Hosts, object: &Value) -> Result<()> {
+    for (source, references) in sources(object)? {
+        let client = client(place, hosts, source.host.as_str())?;
+        for reference in references {
+            client.push(source.repository.as_str(), &reference, &image_of(&source)).await?;
         }
     }
-    Ok(servers)
-}
-
-fn reads(object: &Value, host: &str) -> bool {
-    sources(object).is_ok_and(|sources| sources.iter().any(|(source, _)| source.host.as_str() == host))
-}
-
-/// Or reads it, with a login.
-fn writes(object: &Value, host: &str) -> bool {
-    object["spec"]["target"]["registry"] == host || reads(object, host)
+    Ok(())
 }
 
 /// The Secrets that the objects name, as the pages make them.
@@ -121,8 +169,10 @@ fn make_secrets(place: &Place, objects: &[Value]) -> Result<()> {
             secrets.entry(name).or_default().extend(hosts);
         }
     }
+    ensure!(secrets.contains_key(ENTRA.0), "no page has {}", ENTRA.0);
     for (name, hosts) in secrets {
-        let entry = json!({"username": USER.0, "password": USER.1});
+        let (user, password) = if name == ENTRA.0 { ("", ENTRA.1) } else { USER };
+        let entry = json!({"username": user, "password": password});
         let auths: serde_json::Map<_, _> = hosts.into_iter().map(|host| (host, entry.clone())).collect();
         let config = format!("--from-literal=.dockerconfigjson={}", json!({"auths": auths}));
         place.kubectl(&["create", "secret", "generic", name, "--type=kubernetes.io/dockerconfigjson", &config])?;
@@ -135,31 +185,28 @@ async fn every_image_mirror_of_the_pages_is_synced_as_it_is_written() -> Result<
     let place = Place::new("guides").await?;
     let objects = objects()?;
     ensure!(objects.len() >= 15, "{} objects on the pages", objects.len());
-    for object in &objects {
-        let mut validate = Command::new(env!("CARGO_BIN_EXE_imagemirror"));
-        run(validate.args(["validate", "-f", "-"]), Some(&object.to_string()))?;
-    }
-    let objects: Vec<Value> = objects.into_iter().filter(|object| !has_identity(object)).collect();
     let pinned = Image::single(PINNED.0, PINNED.1).root.digest;
     ensure!(objects.iter().any(|object| object.to_string().contains(&pinned)), "no page has the digest {pinned}");
-    let servers = registries(&place, &objects).await?;
+    let clouds = Clouds::start(&place).await?;
+    let others = others(&place, &objects).await?;
+    let hosts = others
+        .iter()
+        .fold(HostsBuilder::default(), |hosts, (host, server)| hosts.server(dialled(host), "/v2/", server.host()));
+    let hosts = clouds.behind(hosts).start(&place.env.ca()?).await?;
+    try_join_all(objects.iter().map(|object| fill(&place, &hosts, object))).await?;
     make_secrets(&place, &objects)?;
-    let mut hosts = HostsBuilder::default();
-    for (host, server) in &servers {
-        let dialled = if host == "docker.io" { "registry-1.docker.io" } else { host };
-        hosts = hosts.server(dialled, "/v2/", server.host());
-    }
-    let hosts = hosts.start(&place.env.ca()?).await?;
-    let _operator =
-        place.operator_from(json!({"registries": hosts.registries(&place.env.ca_path)}), &json!({}), "debug")?;
-    try_join_all(objects.iter().map(|object| synced(&place, &servers, object))).await?;
+    let config = json!({"registries": hosts.registries(&place.env.ca_path), "gcp": {"workloadIdentity": gcp::CLUSTER}});
+    let _operator = place.operator_from(config, &json!({}), "debug")?;
+    try_join_all(objects.iter().map(|object| synced(&place, &hosts, object))).await?;
     let strangers: Vec<_> = hosts.asked().into_iter().filter(|line| line.starts_with("CONNECT")).collect();
     ensure!(strangers.is_empty(), "{strangers:?}");
     Ok(())
 }
 
 /// Applies an object with kubectl, waits as the pages do, and looks at the target.
-async fn synced(place: &Place, servers: &BTreeMap<String, RegistryServer>, object: &Value) -> Result<()> {
+async fn synced(place: &Place, hosts: &Hosts, object: &Value) -> Result<()> {
+    let mut validate = Command::new(env!("CARGO_BIN_EXE_imagemirror"));
+    run(validate.args(["validate", "-f", "-"]), Some(&object.to_string()))?;
     let name = object["metadata"]["name"].as_str().context("name")?;
     place.apply(name, &object["spec"]).await?;
     let status = place.until_ready(name).await.with_context(|| name.to_owned())?.status.unwrap_or_default();
@@ -168,8 +215,7 @@ async fn synced(place: &Place, servers: &BTreeMap<String, RegistryServer>, objec
     for image in &status.images {
         let target: Reference = image.target.parse()?;
         let source: Reference = image.source.split(['@']).next().unwrap_or_default().parse()?;
-        let server = servers.get(&target.host.to_string()).context("no server")?;
-        let client = testenv::Client::new(place.env, server.registry())?;
+        let client = client(place, hosts, target.host.as_str())?;
         let tag = target.tag.context("a tag")?.to_string();
         let image = image_of(&source);
         ensure!(client.holds(target.repository.as_str(), &tag, &image).await?, "{name}: {source:?} is not there");

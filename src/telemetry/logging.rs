@@ -2,13 +2,15 @@
 //!
 //! A bare level is about `ImageMirror`; the libraries below it then speak from `warn` on. Whoever wants more writes a
 //! whole filter such as `info,hyper=debug` or `trace,imagemirror=trace` (the grammar is that of `tracing_subscriber::EnvFilter`).
+//! What a library writes that has secrets in it is left out of every filter.
 
 use std::io::{self, IsTerminal as _};
 
 use serde::Deserialize;
+use tracing::Metadata;
 use tracing_subscriber::{
     EnvFilter, Layer, Registry,
-    filter::LevelFilter,
+    filter::{LevelFilter, filter_fn},
     layer::{Layered, SubscriberExt as _},
     reload,
     util::SubscriberInitExt as _,
@@ -47,7 +49,8 @@ pub fn init(format: Format, level: &str, further: Further) -> Result<Level, Logg
         Format::Text => lines.with_ansi(io::stderr().is_terminal()).boxed(),
         Format::Json => lines.json().flatten_event(true).with_current_span(false).boxed(),
     };
-    let subscriber = tracing_subscriber::registry().with(further).with(filter).with(lines);
+    let discreet = filter_fn(|metadata| !tells_secrets(metadata));
+    let subscriber = tracing_subscriber::registry().with(further).with(filter).with(discreet).with(lines);
     subscriber.try_init().map_err(|error| LoggingError::Init(error.into()))?;
     Ok(Level(handle))
 }
@@ -76,6 +79,11 @@ pub(crate) fn filter(level: &str) -> Result<EnvFilter, LoggingError> {
         _ => level.to_owned(),
     };
     EnvFilter::builder().parse(directives).map_err(|_| LoggingError::Level(level.to_owned()))
+}
+
+/// Amazon's crates write whole requests and answers at `trace`: session tokens, keys and passwords.
+fn tells_secrets(metadata: &Metadata<'_>) -> bool {
+    metadata.target().starts_with("aws_") && *metadata.level() == tracing::Level::TRACE
 }
 
 #[cfg(test)]

@@ -8,10 +8,11 @@ use std::sync::{Mutex, PoisonError};
 use anyhow::{Context as _, Result, ensure};
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
+use http::Response;
 use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 
-use crate::hosts::{Answer, Asked};
+use crate::hosts::{Answer, Asked, response};
 use crate::images::hex;
 use crate::oidc::Issuer;
 
@@ -33,7 +34,23 @@ struct State {
     repositories: BTreeSet<String>,
     created: Vec<Value>,
     sessions: Vec<String>,
+    denied: Option<String>,
+    pod_token: Option<String>,
+    instance_role: Option<String>,
 }
+
+impl State {
+    /// Temporary credentials of the session that was begun last: an access key, its secret and a session token.
+    fn begin(&mut self, session: &str) -> [String; 3] {
+        self.sessions.push(session.to_owned());
+        let number = self.sessions.len();
+        let given = [format!("ASIA{number:016}"), format!("secret-{number}"), format!("session-{number}")];
+        self.keys.insert(given[0].clone(), (given[1].clone(), Some(given[2].clone())));
+        given
+    }
+}
+
+const END: &str = "2099-01-01T00:00:00Z";
 
 impl Amazon {
     #[must_use]
@@ -59,6 +76,21 @@ impl Amazon {
     /// What is given to those who ask for a password from now on.
     pub fn set_password(&self, password: &str) {
         password.clone_into(&mut self.state().password);
+    }
+
+    /// Denies an action of ECR to everybody; none: allows all.
+    pub fn deny(&self, action: Option<&str>) {
+        self.state().denied = action.map(str::to_owned);
+    }
+
+    /// What EKS has given a Pod to show its agent.
+    pub fn set_pod_token(&self, token: &str) {
+        self.state().pod_token = Some(token.to_owned());
+    }
+
+    /// The role of the machine, which has none before.
+    pub fn set_instance_role(&self, role: &str) {
+        self.state().instance_role = Some(role.to_owned());
     }
 
     /// How often a password was given.
@@ -102,6 +134,10 @@ impl Amazon {
         let body: Value = serde_json::from_slice(&asked.body).unwrap_or_default();
         let target = asked.header("x-amz-target").rsplit('.').next().unwrap_or_default().to_owned();
         let mut state = self.state();
+        if state.denied.as_ref() == Some(&target) {
+            let message = format!("User is not authorized to perform: ecr:{target}");
+            return refuse(400, "AccessDeniedException", message);
+        }
         match target.as_str() {
             "GetAuthorizationToken" => {
                 state.given += 1;
@@ -121,6 +157,54 @@ impl Amazon {
             }
             other => refuse(400, "UnknownOperationException", other.to_owned()),
         }
+    }
+
+    /// The agent of EKS Pod Identity at `169.254.170.23` (docs.aws.amazon.com, "Container credential provider").
+    pub fn pod_identity(&self, asked: &Asked) -> Answer {
+        let mut state = self.state();
+        let is_asked_well = asked.method == "GET" && asked.uri.path() == "/v1/credentials";
+        if !is_asked_well || state.pod_token.as_deref() != Some(asked.header("authorization")) {
+            return (400, "[400] (ValidationException): the token is not valid".to_owned());
+        }
+        let [id, secret, session] = state.begin("pod");
+        let given = json!({
+            "AccessKeyId": id, "SecretAccessKey": secret, "Token": session, "AccountId": "123456789012", "Expiration": END,
+        });
+        (200, given.to_string())
+    }
+
+    /// The metadata of a machine at `169.254.169.254` (docs.aws.amazon.com, "Use the Instance Metadata Service", version 2).
+    pub fn instance(&self, asked: &Asked) -> Response<String> {
+        const TOKEN: &str = "token-of-the-instance";
+        const LIFE: &str = "x-aws-ec2-metadata-token-ttl-seconds";
+        if asked.method == "PUT" && asked.uri.path() == "/latest/api/token" {
+            let mut answer = response((200, TOKEN.to_owned()));
+            return match asked.headers.get(LIFE) {
+                Some(life) => {
+                    answer.headers_mut().insert(LIFE, life.clone());
+                    answer
+                }
+                None => response((400, String::new())),
+            };
+        }
+        if asked.header("x-aws-ec2-metadata-token") != TOKEN {
+            return response((401, String::new()));
+        }
+        let mut state = self.state();
+        let role = state.instance_role.clone();
+        let path = asked.uri.path().strip_prefix("/latest/meta-data/iam/security-credentials/");
+        response(match (path, role) {
+            (Some(""), Some(role)) => (200, role),
+            (Some(asked), Some(role)) if asked == role => {
+                let [id, secret, session] = state.begin("instance");
+                let given = json!({
+                    "Code": "Success", "LastUpdated": "2020-01-01T00:00:00Z", "Type": "AWS-HMAC", "AccessKeyId": id,
+                    "SecretAccessKey": secret, "Token": session, "Expiration": END,
+                });
+                (200, given.to_string())
+            }
+            _ => (404, String::new()),
+        })
     }
 
     /// The API of STS (AWS Query): `AssumeRoleWithWebIdentity`, which is not signed.
@@ -146,16 +230,12 @@ impl Amazon {
         let issuer = state.issuer.as_ref().context("no issuer is trusted")?;
         let who = issuer.subject(&field("WebIdentityToken")?, "sts.amazonaws.com")?;
         ensure!(who == subject, "{who} is not {subject}");
-        state.sessions.push(field("RoleSessionName")?);
-        let number = state.sessions.len();
-        let (id, secret, session) =
-            (format!("ASIA{number:016}"), format!("secret-{number}"), format!("session-{number}"));
-        state.keys.insert(id.clone(), (secret.clone(), Some(session.clone())));
+        let [id, secret, session] = state.begin(&field("RoleSessionName")?);
         Ok(format!(
             "<AssumeRoleWithWebIdentityResponse xmlns=\"https://sts.amazonaws.com/doc/2011-06-15/\">\
              <AssumeRoleWithWebIdentityResult><Credentials><AccessKeyId>{id}</AccessKeyId>\
              <SecretAccessKey>{secret}</SecretAccessKey><SessionToken>{session}</SessionToken>\
-             <Expiration>2099-01-01T00:00:00Z</Expiration></Credentials></AssumeRoleWithWebIdentityResult>\
+             <Expiration>{END}</Expiration></Credentials></AssumeRoleWithWebIdentityResult>\
              </AssumeRoleWithWebIdentityResponse>"
         ))
     }

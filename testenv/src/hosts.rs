@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context, Result, bail};
 use bytes::Bytes;
-use http::{HeaderMap, Method, Request, Response, StatusCode, Uri, header};
+use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Uri, header};
 use http_body_util::combinators::BoxBody;
 use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
@@ -54,7 +54,7 @@ const CLOSED: &str = "127.0.0.2";
 
 /// Status and JSON, or other text.
 pub type Answer = (u16, String);
-type Function = Arc<dyn Fn(&Asked) -> Answer + Send + Sync>;
+type Function = Arc<dyn Fn(&Asked) -> Response<String> + Send + Sync>;
 type Guard = Arc<dyn Fn(&Method, &str) -> Option<Answer> + Send + Sync>;
 
 #[derive(Clone)]
@@ -102,10 +102,21 @@ impl HostsBuilder {
     /// Answers what begins with `path` at `host`.
     #[must_use]
     pub fn function(
-        mut self,
+        self,
         host: &str,
         path: &'static str,
         answer: impl Fn(&Asked) -> Answer + Send + Sync + 'static,
+    ) -> Self {
+        self.function_with_headers(host, path, move |asked| response(answer(asked)))
+    }
+
+    /// The same where the answer has headers.
+    #[must_use]
+    pub fn function_with_headers(
+        mut self,
+        host: &str,
+        path: &'static str,
+        answer: impl Fn(&Asked) -> Response<String> + Send + Sync + 'static,
     ) -> Self {
         self.routes.push((host.to_owned(), path, Backend::Function(Arc::new(answer))));
         self
@@ -244,7 +255,7 @@ impl State {
                 self.forward(address, request).await
             }
             Some((_, _, Backend::Guarded(address, guard))) => match guard(request.method(), path) {
-                Some(answer) => whole(answer),
+                Some(answer) => Ok(whole(response(answer))),
                 None => self.forward(address, request).await,
             },
             Some((_, _, Backend::Function(function))) => {
@@ -252,9 +263,9 @@ impl State {
                 let body = body.collect().await?.to_bytes();
                 let asked =
                     Asked { method: parts.method, host: host.to_owned(), uri: parts.uri, headers: parts.headers, body };
-                whole(function(&asked))
+                Ok(whole(function(&asked)))
             }
-            None => whole((404, String::new())),
+            None => Ok(whole(response((404, String::new())))),
         }
     }
 
@@ -272,8 +283,14 @@ impl State {
     }
 }
 
-fn whole((status, text): Answer) -> Result<Response<BoxBody<Bytes, hyper::Error>>> {
-    let body = Full::new(Bytes::from(text)).map_err(|never| match never {}).boxed();
-    let response = Response::builder().status(StatusCode::from_u16(status)?);
-    Ok(response.header(header::CONTENT_TYPE, "application/json").body(body)?)
+/// An answer of JSON.
+pub(crate) fn response((status, text): Answer) -> Response<String> {
+    let mut response = Response::new(text);
+    *response.status_mut() = StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    response
+}
+
+fn whole(response: Response<String>) -> Response<BoxBody<Bytes, hyper::Error>> {
+    response.map(|text| Full::new(Bytes::from(text)).map_err(|never| match never {}).boxed())
 }

@@ -111,16 +111,21 @@ struct Wrong {
 /// What a JSON Web Token says of itself (RFC 7519, section 4.1). Nothing is believed of it that matters.
 #[derive(Deserialize)]
 pub(super) struct Claims {
-    pub(super) iss: Option<String>,
+    iss: Option<String>,
     grant_type: Option<String>,
     iat: Option<u64>,
     exp: Option<u64>,
 }
 
 impl Claims {
-    pub(super) fn of(token: &SecretString) -> Option<Self> {
+    fn of(token: &SecretString) -> Option<Self> {
         let payload = token.expose_secret().split('.').nth(1)?;
         serde_json::from_slice(&URL_SAFE_NO_PAD.decode(payload.trim_end_matches('=')).ok()?).ok()
+    }
+
+    /// Who has made a token, for messages; nothing if it does not say.
+    pub(super) fn issuer_of(token: &SecretString) -> String {
+        Self::of(token).and_then(|claims| claims.iss).unwrap_or_default()
     }
 
     /// As long as it was made to last: our clock may be another one than theirs.

@@ -4,7 +4,7 @@
 //! Amazon's crates sign requests and read answers; they are sent by our own [`Http`], so that proxies, certificates and closed
 //! networks hold for them, too.
 
-use std::{fmt, sync::Arc, time::Duration};
+use std::{error::Error as StdError, fmt, sync::Arc, time::Duration};
 
 use aws_config::{BehaviorVersion, Region};
 use aws_credential_types::{
@@ -24,9 +24,10 @@ use aws_smithy_types::{body::SdkBody, error::metadata::ProvideErrorMetadata, ret
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use bytes::Bytes;
 use futures::future::BoxFuture;
+use http::StatusCode;
 use secrecy::{ExposeSecret, SecretString};
 
-use super::{Account, EcrHost, Principal};
+use super::{Account, Cloud, EcrHost, Principal, acr::Claims};
 use crate::{
     auth::{Credential, Exchange, ExchangeError, Http, Issued, NewRepository, ToMetadata, Unusable},
     oci::{Host, RepositoryName},
@@ -40,6 +41,10 @@ const AUDIENCE_ANNOTATION: &str = "eks.amazonaws.com/audience";
 const AUDIENCE: &str = "sts.amazonaws.com";
 /// Where the public registry has its one API.
 const PUBLIC_REGION: &str = "us-east-1";
+/// What the policy of whoever logs in has to allow.
+const TO_LOG_IN: &str = "ecr:GetAuthorizationToken on *";
+const TO_LOG_IN_PUBLICLY: &str = "ecr-public:GetAuthorizationToken and sts:GetServiceBearerToken on *";
+const TO_CREATE: &str = "ecr:CreateRepository, and with tags ecr:TagResource,";
 /// How long passwords are good for.
 const LIFE: Duration = Duration::from_hours(12);
 
@@ -62,12 +67,17 @@ pub(super) fn login(host: &Host, principal: &Principal) -> Result<Credential, Un
     let ecr = EcrHost::of(host)
         .ok_or_else(|| Unusable { reason: Reason::InvalidSpec, message: format!("{host} is no registry of Amazon") })?;
     let (who, name, origin) = match principal {
-        Principal::Program => (Who::Program, "aws".to_owned(), "the operator's own identity at Amazon".to_owned()),
+        Principal::Program => {
+            (Who::Program, Cloud::Aws.to_string(), "the operator's own identity at Amazon".to_owned())
+        }
         Principal::Account(account) => {
             let role = account.annotation(ROLE_ARN)?.to_owned();
-            let name = format!("aws {}/{} {role}", account.namespace, account.name);
+            let audience = account.annotations.get(AUDIENCE_ANNOTATION).filter(|audience| !audience.is_empty());
+            let audience = audience.map_or(AUDIENCE, String::as_str).to_owned();
+            // Quoted, so that no two principals have one name.
+            let name = format!("{} {:?} {:?} {role:?} {audience:?}", Cloud::Aws, account.namespace, account.name);
             let origin = format!("{} as {role}", principal.origin());
-            (Who::Account { account: account.clone(), role }, name, origin)
+            (Who::Account { account: account.clone(), role, audience }, name, origin)
         }
     };
     let login = EcrLogin { ecr, who, origin: origin.clone() };
@@ -83,7 +93,7 @@ struct EcrLogin {
 
 enum Who {
     KeyPair { key: String, secret: SecretString },
-    Account { account: Account, role: String },
+    Account { account: Account, role: String, audience: String },
     Program,
 }
 
@@ -99,7 +109,7 @@ impl EcrLogin {
         let token = match &self.ecr {
             EcrHost::Private { account, .. } => {
                 let answer = self.ecr_client(&http).await?.get_authorization_token().send().await;
-                let data = answer.map_err(|error| failed("ECR", error))?.authorization_data.unwrap_or_default();
+                let data = answer.map_err(|error| of_ecr(error, TO_LOG_IN))?.authorization_data.unwrap_or_default();
                 data.into_iter().next().and_then(|data| data.authorization_token).ok_or(account)
             }
             .map_err(|account| malformed(&format!("there is no token for the account {account}")))?,
@@ -114,7 +124,7 @@ impl EcrLogin {
                     .build();
                 let client = aws_sdk_ecrpublic::Client::from_conf(config);
                 let answer = client.get_authorization_token().send().await;
-                let data = answer.map_err(|error| failed("ECR Public", error))?.authorization_data;
+                let data = answer.map_err(|error| of_ecr(error, TO_LOG_IN_PUBLICLY))?.authorization_data;
                 data.and_then(|data| data.authorization_token).ok_or_else(|| malformed("there is no token"))?
             }
         };
@@ -152,7 +162,7 @@ impl EcrLogin {
         match answer {
             Ok(_) => Ok(()),
             Err(error) if error.code() == Some("RepositoryAlreadyExistsException") => Ok(()),
-            Err(error) => Err(failed("ECR", error)),
+            Err(error) => Err(of_ecr(error, TO_CREATE)),
         }
     }
 
@@ -177,7 +187,7 @@ impl EcrLogin {
                 let pair = Credentials::new(key, secret.expose_secret(), None, None, "imagemirror");
                 Ok(SharedCredentialsProvider::new(pair))
             }
-            Who::Account { account, role } => self.assume(account, role, http).await,
+            Who::Account { account, role, audience } => self.assume(account, role, audience, http).await,
             Who::Program => {
                 let config = aws_config::defaults(BehaviorVersion::v2026_01_12())
                     .region(self.region())
@@ -195,9 +205,9 @@ impl EcrLogin {
         &self,
         account: &Account,
         role: &str,
+        audience: &str,
         http: &Arc<dyn Http>,
     ) -> Result<SharedCredentialsProvider, ExchangeError> {
-        let audience = account.annotations.get(AUDIENCE_ANNOTATION).map_or(AUDIENCE, String::as_str);
         let token = account.identity.token(audience).await?;
         let config = aws_sdk_sts::Config::builder()
             .behavior_version(BehaviorVersion::v2026_01_12())
@@ -212,7 +222,7 @@ impl EcrLogin {
             .web_identity_token(token.expose_secret())
             .send()
             .await
-            .map_err(|error| failed("STS", error))?;
+            .map_err(|error| explain(failed("STS", error, &[&token]), account, role, audience, &token))?;
         let given = answer.credentials.ok_or_else(|| malformed("STS gave no credentials"))?;
         let credentials = Credentials::new(
             given.access_key_id,
@@ -228,6 +238,14 @@ impl EcrLogin {
 impl Exchange for EcrLogin {
     fn exchange(&self, http: Arc<dyn Http>) -> BoxFuture<'_, Result<Issued, ExchangeError>> {
         Box::pin(self.password(http))
+    }
+
+    fn advice(&self) -> Option<&'static str> {
+        let advice = "allow in the policy of this identity's role, and in the repository's, ecr:BatchGetImage and \
+                      ecr:GetDownloadUrlForLayer to read; to write also ecr:BatchCheckLayerAvailability, \
+                      ecr:InitiateLayerUpload, ecr:UploadLayerPart, ecr:CompleteLayerUpload and ecr:PutImage";
+        // What is wrong with a key is wrong with its Secret.
+        (!matches!(self.who, Who::KeyPair { .. })).then_some(advice)
     }
 
     fn create_repository<'a>(
@@ -262,34 +280,68 @@ fn no_identity() -> ExchangeError {
     Unusable { reason: Reason::AuthenticationFailed, message: message.to_owned() }.into()
 }
 
-/// Tells what the service said from what came in between.
-fn failed<E>(service: &str, error: SdkError<E, HttpResponse>) -> ExchangeError
+/// What to do about a refusal of STS (docs.aws.amazon.com, AWS Security Token Service, `AssumeRoleWithWebIdentity`, Errors).
+fn explain(error: ExchangeError, account: &Account, role: &str, audience: &str, token: &SecretString) -> ExchangeError {
+    let ExchangeError::Refused { code: Some(code), .. } = &error else { return error };
+    let issuer = || Claims::issuer_of(token);
+    let advice = match code.as_str() {
+        "AccessDenied" => {
+            format!(
+                "let the role {role} trust the issuer {} with the subject {} and the audience {audience}",
+                issuer(),
+                account.subject()
+            )
+        }
+        "InvalidIdentityToken" => {
+            format!("make {} an identity provider of the role's account, with the audience {audience}", issuer())
+        }
+        "IDPCommunicationError" => format!("let Amazon reach the keys that the issuer {} publishes", issuer()),
+        "ExpiredTokenException" => "check that the cluster's clocks are right".to_owned(),
+        "RegionDisabledException" => "activate STS for the registry's region in the role's account".to_owned(),
+        _ => return error,
+    };
+    error.advised(advice)
+}
+
+/// The same of ECR, for one of its actions (docs.aws.amazon.com, Amazon ECR API, "Common Errors").
+fn of_ecr<E>(error: SdkError<E, HttpResponse>, action: &str) -> ExchangeError
 where
-    E: std::error::Error + ProvideErrorMetadata + Send + Sync + 'static,
+    E: StdError + ProvideErrorMetadata + Send + Sync + 'static,
+{
+    let error = failed("ECR", error, &[]);
+    if matches!(&error, ExchangeError::Refused { code: Some(code), .. } if code == "AccessDeniedException") {
+        return error.advised(format!("allow {action} in the policy of this identity's role or user"));
+    }
+    error
+}
+
+/// Tells what the service said from what came in between. `shown` is what it was shown besides a signature.
+fn failed<E>(service: &str, error: SdkError<E, HttpResponse>, shown: &[&SecretString]) -> ExchangeError
+where
+    E: StdError + ProvideErrorMetadata + Send + Sync + 'static,
 {
     if let SdkError::ServiceError(refusal) = &error {
         let code = refusal.err().code().map(str::to_owned);
         let is_throttled =
             code.as_deref().is_some_and(|code| code.contains("Throttl") || code.contains("TooManyRequests"));
-        let status = if is_throttled { 429 } else { refusal.raw().status().as_u16() };
+        let status = StatusCode::from_u16(refusal.raw().status().as_u16()).unwrap_or(StatusCode::BAD_GATEWAY);
+        let status = if is_throttled { StatusCode::TOO_MANY_REQUESTS } else { status };
         let message = refusal.err().message().map(str::to_owned);
-        return ExchangeError::Refused { host: service.to_owned(), status, code, message };
+        return ExchangeError::refused(service, status, code, message, shown);
     }
-    if has_no_credentials(&error) {
-        return no_identity();
-    }
-    ExchangeError::Unanswered(Box::new(error))
-}
-
-fn has_no_credentials(error: &(dyn std::error::Error + 'static)) -> bool {
-    let mut current = Some(error);
-    while let Some(error) = current {
-        if matches!(error.downcast_ref(), Some(CredentialsError::CredentialsNotLoaded(_))) {
-            return true;
+    let first: &(dyn StdError + 'static) = &error;
+    let causes = || std::iter::successors(Some(first), |error| StdError::source(*error));
+    let of_program = causes().find_map(|cause| cause.downcast_ref::<CredentialsError>());
+    let is_unanswered = causes().any(<dyn StdError>::is::<ConnectorError>);
+    match of_program {
+        Some(CredentialsError::CredentialsNotLoaded(_)) => no_identity(),
+        Some(_) if !is_unanswered => {
+            let why = causes().last().map(ToString::to_string).unwrap_or_default();
+            let message = format!("the operator's own identity at Amazon could not be had: {why}; check its role");
+            Unusable { reason: Reason::AuthenticationFailed, message }.into()
         }
-        current = error.source();
+        _ => ExchangeError::Unanswered(Box::new(error)),
     }
-    false
 }
 
 /// Sends what Amazon's crates ask for.

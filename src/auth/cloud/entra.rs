@@ -183,7 +183,7 @@ fn explain(
     let Application { client, tenant } = application;
     let advice = match code.as_str() {
         "AADSTS70021" | "AADSTS700211" | "AADSTS700212" | "AADSTS700213" => {
-            let issuer = Claims::of(assertion).and_then(|claims| claims.iss).unwrap_or_default();
+            let issuer = Claims::issuer_of(assertion);
             let subject = account.subject();
             format!(
                 "give application {client} in Entra a federated credential with the issuer {issuer}, the subject {subject} \

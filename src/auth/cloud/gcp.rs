@@ -215,7 +215,7 @@ impl Federation {
         let answer = send::<Federated>(http, STS, request, token).await;
         let answer = answer.map_err(|error| match error {
             ExchangeError::Refused { status: 400..=403, .. } => {
-                let issuer = Claims::of(token).and_then(|claims| claims.iss).unwrap_or_default();
+                let issuer = Claims::issuer_of(token);
                 let advice = format!(
                     "check that {} is there and trusts the issuer {issuer} with the audience {}",
                     self.trust,

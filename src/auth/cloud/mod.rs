@@ -236,11 +236,14 @@ mod tests {
     fn no_two_identities_are_the_same_and_none_is_a_password() {
         let mut logins = Vec::new();
         let program = Principal::Program;
-        for (cloud, host) in [(Cloud::Azure, "myregistry.azurecr.io"), (Cloud::Gcp, "gcr.io")] {
+        let ecr = "123456789012.dkr.ecr.eu-west-1.amazonaws.com";
+        for (cloud, host) in [(Cloud::Aws, ecr), (Cloud::Azure, "myregistry.azurecr.io"), (Cloud::Gcp, "gcr.io")] {
             let mut principals = vec![program.clone()];
             for (namespace, name) in [("a", "b"), ("a", "c"), ("b", "b")] {
                 for value in ["one", "two", "one\" \"two"] {
                     let annotations = [
+                        ("eks.amazonaws.com/role-arn", "role".to_owned()),
+                        ("eks.amazonaws.com/audience", value.to_owned()),
                         ("azure.workload.identity/client-id", value.to_owned()),
                         ("azure.workload.identity/tenant-id", "t".to_owned()),
                         ("iam.gke.io/gcp-service-account", format!("{}@p", value.replace(['"', ' '], "-"))),
@@ -263,7 +266,10 @@ mod tests {
             .collect();
         let all: BTreeSet<_> = logins.iter().chain(&passwords).map(|login| login.fingerprint().to_string()).collect();
         assert_eq!(all.len(), 2 * logins.len());
-        assert!(cfg!(not(feature = "azure")) || logins.len() == 20, "{logins:?}");
+        assert!(
+            cfg!(not(all(feature = "aws", feature = "azure", feature = "gcp"))) || logins.len() == 30,
+            "{logins:?}"
+        );
     }
 
     #[test]

@@ -5,16 +5,23 @@ use std::sync::Arc;
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
-use testenv::{Hosts, Image, RegistryOptions, RegistryServer, amazon::Amazon, hosts::HostsBuilder, registry::Auth};
+use testenv::{
+    Hosts, Image, RegistryOptions, RegistryServer,
+    amazon::Amazon,
+    hosts::{Answer, HostsBuilder},
+    registry::Auth,
+};
 
-use super::service_account;
+use super::{TALKATIVE, nothing_is_told, service_account};
 use crate::support::{Place, message};
 
 pub(super) const REGISTRY: &str = "123456789012.dkr.ecr.eu-west-1.amazonaws.com";
 const API: &str = "api.ecr.eu-west-1.amazonaws.com";
 const STS: &str = "sts.eu-west-1.amazonaws.com";
-pub(super) const KEY: &str = "AKIAIOSFODNN7EXAMPLE";
-pub(super) const SECRET: &str = "wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY";
+const POD_IDENTITY: &str = "169.254.170.23";
+const INSTANCE: &str = "169.254.169.254";
+const KEY: &str = "AKIAIOSFODNN7EXAMPLE";
+const SECRET: &str = "wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY";
 pub(super) const ROLE: &str = "arn:aws:iam::123456789012:role/mirror";
 
 /// A registry of Amazon's and the APIs of ECR and STS.
@@ -36,15 +43,23 @@ impl Servers {
         Ok(Self { amazon, registry })
     }
 
-    /// Makes all of it found under its own names; without any repository, or with all.
-    pub(super) fn behind(&self, hosts: HostsBuilder, lacks_repositories: bool) -> HostsBuilder {
-        let [ecr, sts, missing] = [(); 3].map(|()| Arc::clone(&self.amazon));
-        let guard = move |_: &http::Method, path: &str| missing.missing(path).filter(|_| lacks_repositories);
+    /// Makes all of it found under its own names. `guard` answers before the registry does.
+    pub(super) fn behind(
+        &self,
+        hosts: HostsBuilder,
+        guard: impl Fn(&Amazon, &http::Method, &str) -> Option<Answer> + Send + Sync + 'static,
+    ) -> HostsBuilder {
+        let [ecr, sts, amazon] = [(); 3].map(|()| Arc::clone(&self.amazon));
         hosts
-            .guarded(REGISTRY, "/v2/", self.registry.host(), guard)
+            .guarded(REGISTRY, "/v2/", self.registry.host(), move |method, path| guard(&amazon, method, path))
             .function(API, "/", move |asked| ecr.ecr(asked))
             .function(STS, "/", move |asked| sts.sts(asked))
     }
+}
+
+/// Every repository is there.
+pub(super) fn all(_: &Amazon, _: &http::Method, _: &str) -> Option<Answer> {
+    None
 }
 
 struct Ecr {
@@ -55,16 +70,30 @@ struct Ecr {
 
 impl Ecr {
     /// The source has `agent:1`.
-    async fn start(place: &Place, lacks_repositories: bool) -> Result<Self> {
+    async fn start(
+        place: &Place,
+        guard: impl Fn(&Amazon, &http::Method, &str) -> Option<Answer> + Send + Sync + 'static,
+    ) -> Result<Self> {
         place.push(&place.env.source, "agent", "1", &Image::single(1, &[1000])).await?;
         let servers = Servers::start(place, &[]).await?;
-        let hosts = servers.behind(HostsBuilder::default(), lacks_repositories).start(&place.env.ca()?).await?;
+        let [pod, instance] = [(); 2].map(|()| Arc::clone(&servers.amazon));
+        let hosts = HostsBuilder::default()
+            .function(POD_IDENTITY, "/", move |asked| pod.pod_identity(asked))
+            .function_with_headers(INSTANCE, "/", move |asked| instance.instance(asked));
+        let hosts = servers.behind(hosts, guard).start(&place.env.ca()?).await?;
         let Servers { amazon, registry } = servers;
         Ok(Self { hosts, amazon, registry })
     }
 
     fn config(&self, place: &Place) -> Value {
-        json!({"registries": self.hosts.registries(&place.env.ca_path)})
+        let mut registries = self.hosts.registries(&place.env.ca_path);
+        for registry in registries.as_array_mut().into_iter().flatten() {
+            // Reached at an address that is closed, as the real ones are.
+            if [POD_IDENTITY, INSTANCE].iter().any(|host| registry["host"] == *host) {
+                registry["proxy"] = self.hosts.closed_url().into();
+            }
+        }
+        json!({"registries": registries, "networks": {"allow": ["127.0.0.1/32"]}})
     }
 
     fn asked(&self, line: &str) -> usize {
@@ -92,7 +121,7 @@ fn with_identity(place: &Place, account: Option<&str>) -> Value {
 #[tokio::test]
 async fn an_access_key_is_exchanged_for_a_password_that_is_had_again_when_it_is_refused() -> Result<()> {
     let place = Place::new("ecr-key").await?;
-    let ecr = Ecr::start(&place, false).await?;
+    let ecr = Ecr::start(&place, all).await?;
     key_pair(&place, "wrong").await?;
     let operator = place.operator_from(ecr.config(&place), &json!({}), "debug")?;
     place.apply("m", &with_key(&place)).await?;
@@ -116,7 +145,7 @@ async fn an_access_key_is_exchanged_for_a_password_that_is_had_again_when_it_is_
 #[tokio::test]
 async fn a_repository_that_a_push_needs_is_made_where_the_administrator_says_so() -> Result<()> {
     let place = Place::new("ecr-create").await?;
-    let ecr = Ecr::start(&place, true).await?;
+    let ecr = Ecr::start(&place, |amazon, _, path| amazon.missing(path)).await?;
     key_pair(&place, SECRET).await?;
     let operator = place.operator_from(ecr.config(&place), &json!({}), "debug")?;
     place.apply("m", &with_key(&place)).await?;
@@ -145,7 +174,7 @@ async fn a_repository_that_a_push_needs_is_made_where_the_administrator_says_so(
 #[tokio::test]
 async fn a_service_account_takes_on_its_role_where_the_operator_may_make_tokens() -> Result<()> {
     let place = Place::new("ecr-role").await?;
-    let ecr = Ecr::start(&place, false).await?;
+    let ecr = Ecr::start(&place, all).await?;
     ecr.amazon.trust(ROLE, &super::subject(&place, "mirror"), super::issuer(&place)?);
     service_account(&place, "mirror", json!({})).await?;
     let operator = place.operator_from(ecr.config(&place), &json!({}), "debug")?;
@@ -168,7 +197,13 @@ async fn a_service_account_takes_on_its_role_where_the_operator_may_make_tokens(
     service_account(&place, "other", json!({"eks.amazonaws.com/role-arn": ROLE})).await?;
     place.apply("n", &super::spec(&place, "aws", REGISTRY, "other/{name}", Some("other"))).await?;
     let status = place.until_reason("n", "PermissionDenied").await?.status.unwrap_or_default();
-    ensure!(message(&status, "Ready").contains("AccessDenied"), "{}", message(&status, "Ready"));
+    let (issuer, who) = (super::issuer(&place)?, super::subject(&place, "other"));
+    let advice = format!(
+        "let the role {ROLE} trust the issuer {} with the subject {who} and the audience sts.amazonaws.com",
+        issuer.name()
+    );
+    let said = message(&status, "Ready");
+    ensure!(said.contains("AccessDenied") && said.contains(&advice), "{said}");
     ensure!(!operator.logged()?.contains("eyJ"), "a token is in the log");
     Ok(())
 }
@@ -176,7 +211,7 @@ async fn a_service_account_takes_on_its_role_where_the_operator_may_make_tokens(
 #[tokio::test]
 async fn the_operators_own_identity_is_for_the_namespaces_that_are_listed() -> Result<()> {
     let place = Place::new("ecr-own").await?;
-    let ecr = Ecr::start(&place, false).await?;
+    let ecr = Ecr::start(&place, all).await?;
     let variables =
         [("AWS_ACCESS_KEY_ID", KEY), ("AWS_SECRET_ACCESS_KEY", SECRET), ("AWS_EC2_METADATA_DISABLED", "true")];
     let mut config = place.settings(ecr.config(&place), &json!({}))?;
@@ -198,6 +233,81 @@ async fn the_operators_own_identity_is_for_the_namespaces_that_are_listed() -> R
     let status = place.until_reason("m", "AuthenticationFailed").await?.status.unwrap_or_default();
     ensure!(message(&status, "Ready").contains("has no identity at Amazon"), "{}", message(&status, "Ready"));
     Ok(())
+}
+
+/// The first of these that there is: IAM roles for service accounts, EKS Pod Identity, the role of the machine.
+#[tokio::test]
+async fn the_operators_own_identity_at_amazon_is_that_of_its_pod_else_of_its_machine() -> Result<()> {
+    let place = Place::new("ecr-pod").await?;
+    let ecr = Ecr::start(&place, all).await?;
+    ecr.amazon.trust(ROLE, &super::subject(&place, "imagemirror"), super::issuer(&place)?);
+    ecr.amazon.set_pod_token("token-of-the-pod");
+    ecr.amazon.set_instance_role("nodes");
+    let mut config = ecr.config(&place);
+    config["identityNamespaces"] = json!([place.namespace]);
+    let config = place.settings(config, &json!({}))?;
+    let token = place.kubectl(&["create", "token", "imagemirror", "--audience=sts.amazonaws.com"])?;
+    let file = |name: &str, text: &str| -> Result<String> {
+        let file = place.env.run_dir.join(format!("{}.{name}", place.namespace));
+        std::fs::write(&file, text)?;
+        Ok(file.display().to_string())
+    };
+    let (of_role, of_pod) = (file("role", token.trim())?, file("pod", "token-of-the-pod")?);
+    let url = format!("http://{POD_IDENTITY}/v1/credentials");
+    let role = [
+        ("AWS_ROLE_ARN", ROLE),
+        ("AWS_WEB_IDENTITY_TOKEN_FILE", &*of_role),
+        ("AWS_ROLE_SESSION_NAME", "role"),
+        ("AWS_REGION", "eu-west-1"),
+    ];
+    let pod = [("AWS_CONTAINER_CREDENTIALS_FULL_URI", &*url), ("AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE", &*of_pod)];
+    for (name, variables) in [("role", &role[..]), ("pod", &pod), ("instance", &[])] {
+        let operator = place.operator_where(&config, &["--log-level", TALKATIVE], variables)?;
+        place.apply(name, &super::spec(&place, "aws", REGISTRY, &format!("{name}/{{name}}"), None)).await?;
+        place.until_ready(name).await?;
+        ensure!(ecr.amazon.sessions().last().is_some_and(|session| session == name), "{:?}", ecr.amazon.sessions());
+        let secrets = [token.trim().to_owned(), "token-of-the-pod".into(), "ecr-password-1".into()];
+        nothing_is_told(&place, &operator, &secrets).await?;
+        operator.process.stop().await?;
+    }
+    ensure!(ecr.amazon.sessions().len() == 3, "{:?}", ecr.amazon.sessions());
+    Ok(())
+}
+
+#[tokio::test]
+async fn what_is_wrong_with_an_identity_at_amazon_is_said_with_what_to_do() -> Result<()> {
+    let place = Place::new("ecr-wrong").await?;
+    place.make_tokens()?;
+    // The registry takes the password, and no image.
+    let ecr = Ecr::start(&place, |_, method, path| {
+        let denied =
+            json!({"errors": [{"code": "DENIED", "message": "not authorized to perform: ecr:InitiateLayerUpload"}]});
+        (method == http::Method::POST && path.contains("/readonly/")).then(|| (403, denied.to_string()))
+    })
+    .await?;
+    ecr.amazon.trust(ROLE, &super::subject(&place, "mirror"), super::issuer(&place)?);
+    service_account(&place, "mirror", json!({"eks.amazonaws.com/role-arn": ROLE})).await?;
+    let annotations = json!({"eks.amazonaws.com/role-arn": ROLE, "eks.amazonaws.com/audience": "another"});
+    service_account(&place, "audience", annotations).await?;
+    let operator = place.operator_from(ecr.config(&place), &json!({}), TALKATIVE)?;
+    for (name, account, denied, reason, said) in [
+        (
+            "login",
+            "mirror",
+            Some("GetAuthorizationToken"),
+            "PermissionDenied",
+            "allow ecr:GetAuthorizationToken on * in the policy",
+        ),
+        ("readonly", "mirror", None, "PermissionDenied", "ecr:PutImage"),
+        ("audience", "audience", None, "PermissionDenied", "and the audience another"),
+    ] {
+        ecr.amazon.deny(denied);
+        place.apply(name, &super::spec(&place, "aws", REGISTRY, &format!("{name}/{{name}}"), Some(account))).await?;
+        let status = place.until_reason(name, reason).await?.status.unwrap_or_default();
+        let found = message(&status, "Ready");
+        ensure!(found.contains(said) && !found.contains("spec.target.secretRef"), "{name}: {found}");
+    }
+    nothing_is_told(&place, &operator, &["ecr-password-1".to_owned(), "secret-1".to_owned()]).await
 }
 
 #[tokio::test]

@@ -67,7 +67,7 @@ impl Clouds {
     }
 
     fn behind(&self, hosts: HostsBuilder) -> HostsBuilder {
-        self.google.behind(self.azure.behind(self.amazon.behind(hosts, false)))
+        self.google.behind(self.azure.behind(self.amazon.behind(hosts, aws::all)))
     }
 }
 

@@ -97,4 +97,4 @@ async fn nothing_is_told(place: &Place, operator: &Operator, secrets: &[String])
 }
 
 /// All there is to log.
-const TALKATIVE: &str = "trace,hyper=trace,rustls=trace,kube=trace,reqwest=trace,azure_core=trace,azure_identity=trace,google_cloud_auth=trace";
+const TALKATIVE: &str = "trace,hyper=trace,rustls=trace,kube=trace,reqwest=trace,azure_core=trace,azure_identity=trace,google_cloud_auth=trace,aws_config=trace,aws_smithy_runtime=trace";

@@ -1,6 +1,6 @@
 //! A user name and a password, or an identity token, that do not print themselves.
 
-use std::{fmt, sync::Arc};
+use std::{fmt, sync::Arc, time::Instant};
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use secrecy::{ExposeSecret, SecretString};
@@ -16,6 +16,7 @@ pub struct Credential {
     origin: String,
     fingerprint: Digest,
     exchange: Option<Arc<dyn Exchange>>,
+    read_at: Instant,
 }
 
 /// The user name that says that the password is an identity token (distribution-spec, `OAuth2` token authentication).
@@ -26,7 +27,7 @@ impl Credential {
     #[must_use]
     pub fn new(username: String, password: SecretString, origin: &str) -> Self {
         let fingerprint = Digest::sha256(format!("{username}\0{}", password.expose_secret()).as_bytes());
-        Self { username, password, origin: origin.to_owned(), fingerprint, exchange: None }
+        Self { username, password, origin: origin.to_owned(), fingerprint, exchange: None, read_at: Instant::now() }
     }
 
     /// One that no registry is shown: what comes of the exchange is. Equal names are equal credentials.
@@ -36,6 +37,18 @@ impl Credential {
         // A byte that is in no text: nobody gets the tokens of an identity by writing its name into a Secret.
         let fingerprint = Digest::sha256(&[b"\xff", name.as_bytes()].concat());
         Self { exchange: Some(exchange), fingerprint, ..plain }
+    }
+
+    /// This one for an exchange: as long as it stays the same, so does what comes of it.
+    #[must_use]
+    pub fn exchanged_by(&self, exchange: Arc<dyn Exchange>) -> Self {
+        Self { read_at: self.read_at, ..Self::exchanged(exchange, &self.fingerprint.to_string(), &self.origin) }
+    }
+
+    /// When it was written into memory: what is refused since then is refused to it.
+    #[must_use]
+    pub fn read_at(&self) -> Instant {
+        self.read_at
     }
 
     /// How to have what a registry is shown, where that is another one.

@@ -24,7 +24,7 @@ mod matching;
 #[cfg(test)]
 mod properties;
 mod realm;
-mod slots;
+pub(crate) mod slots;
 mod store;
 mod token;
 
@@ -33,4 +33,4 @@ pub use credential::Credential;
 pub use exchange::{BoxError, Exchange, ExchangeError, Http, Identity, Issued, NewRepository, ToMetadata, Unusable};
 pub use realm::realm_is_trusted;
 pub use store::{ConfigError, CredentialStore, Entry};
-pub use token::{Grant, NextLogin, Scope, Token, TokenCache, TokenError, TokenKey};
+pub use token::{Grant, Next, NextLogin, Scope, Token, TokenCache, TokenError, TokenKey};

@@ -10,9 +10,12 @@ use std::{
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use secrecy::SecretString;
 use serde::Deserialize;
-use tokio::sync::Mutex as AsyncMutex;
+use tokio::sync::RwLock;
 
-use super::{Credential, Issued, slots::Slots};
+use super::{
+    Credential, Issued,
+    slots::{Slots, Term},
+};
 use crate::oci::{Digest, RepositoryName};
 
 /// What the specification says of tokens that do not name their life.
@@ -65,7 +68,7 @@ pub struct TokenKey {
 #[derive(Clone)]
 pub struct Token {
     value: SecretString,
-    renew_at: Instant,
+    term: Term,
     /// What to log in with next time, where the server gave a new identity token.
     refresh: Option<SecretString>,
     /// What the answer says that it grants.
@@ -115,13 +118,13 @@ impl Token {
             .ok_or(TokenError)?;
         let life = answer.expires_in.map_or(DEFAULT_LIFE, |seconds| Duration::from_secs(seconds.clamp(1, 86_400)));
         let refresh = answer.refresh_token.filter(|token| !token.expose_secret().is_empty());
-        Ok(Self { value, renew_at: now + life.mul_f64(0.8), refresh, scope: answer.scope })
+        Ok(Self { value, term: Term::new(now, life), refresh, scope: answer.scope })
     }
 
     /// Whether it is not time to renew it.
     #[must_use]
     pub fn is_fresh(&self) -> bool {
-        Instant::now() < self.renew_at
+        self.term.is_fresh()
     }
 
     /// The identity token that came with it, to log in with the next time.
@@ -172,14 +175,36 @@ impl fmt::Display for Grant {
     }
 }
 
-/// What to log in with next: the identity token of a credential, or the one that a server has given in its place. Locked
-/// while it is shown, as a server may take each of them once.
-pub type NextLogin = Arc<AsyncMutex<Arc<Credential>>>;
+/// What to log in with next: the identity token of a credential, or the one that a server has given in its place.
+pub type NextLogin = Arc<RwLock<Next>>;
 
-/// The logins and tokens of the process.
-pub struct TokenCache {
-    tokens: Slots<TokenKey, Token>,
-    issued: Slots<LoginKey, Login>,
+/// An identity token, and what is known of it.
+pub struct Next {
+    /// What the token server is shown.
+    pub credential: Arc<Credential>,
+    /// Whether the server has taken it and given no other one in its place: then it is shown as often as one likes. Until
+    /// that is known one request at a time shows it, as a server may take each of them once.
+    pub is_kept: bool,
+    /// Whether a server has given it, in place of the one that was written: there is no other way to have it.
+    is_given: bool,
+}
+
+impl Next {
+    /// A server was shown the credential, and has given this one in its place, or none.
+    pub fn answered(&mut self, given: Option<&SecretString>) {
+        let other = given.filter(|given| !self.credential.as_identity_token().is_some_and(|own| is_same(own, given)));
+        self.is_kept = other.is_none();
+        if let Some(other) = other {
+            self.credential = Arc::new(Credential::identity_token(other.clone(), self.credential.origin()));
+            self.is_given = true;
+        }
+    }
+}
+
+/// The logins and tokens of the process. `E` is why there is none.
+pub struct TokenCache<E> {
+    tokens: Slots<TokenKey, Token, E>,
+    issued: Slots<LoginKey, Login, E>,
     /// As long as the process runs.
     next: Mutex<HashMap<LoginKey, NextLogin>>,
 }
@@ -192,34 +217,42 @@ type LoginKey = (String, Digest);
 struct Login {
     credential: Arc<Credential>,
     issued_at: Instant,
-    renew_at: Instant,
 }
 
-impl Default for TokenCache {
-    fn default() -> Self {
-        Self {
-            tokens: Slots::new(Token::is_fresh),
-            issued: Slots::new(|login| Instant::now() < login.renew_at),
-            next: Mutex::default(),
-        }
+impl<E: Clone> TokenCache<E> {
+    /// `may_pass` is whether asking again soon may succeed after a failure.
+    #[must_use]
+    pub fn new(may_pass: fn(&E) -> bool) -> Self {
+        Self { tokens: Slots::new(may_pass), issued: Slots::new(may_pass), next: Mutex::default() }
     }
-}
 
-impl TokenCache {
     /// The token for `key`, fetched if there is none that is fresh. Whoever asks meanwhile waits for the same fetch.
     ///
-    /// `refused` is a token that the registry has just refused: it is not returned again.
-    pub async fn get<F, Fut, E>(&self, key: TokenKey, refused: Option<&Token>, fetch: F) -> Result<Token, E>
+    /// `refused` is a token that the registry has just refused: it is not returned again. A failure that will not pass is
+    /// the answer of all who ask, if it is from after `believed`.
+    pub async fn get<F, Fut>(
+        &self,
+        key: TokenKey,
+        (refused, believed): (Option<&Token>, Instant),
+        fetch: F,
+    ) -> Result<Token, E>
     where
         F: FnOnce() -> Fut,
         Fut: Future<Output = Result<Token, E>>,
     {
-        self.tokens.get(key, |token| refused.is_none_or(|refused| !refused.is_same(token)), fetch).await
+        let accept = |token: &Token| refused.is_none_or(|refused| !is_same(&refused.value, &token.value));
+        let fetch = || async {
+            let token = fetch().await?;
+            let term = token.term;
+            Ok((token, term))
+        };
+        self.tokens.get(key, believed, accept, fetch).await
     }
 
     /// The login that a credential is exchanged for at this registry, by one exchange at a time, and again at 80 % of its
-    /// life. One from before `since` is not returned again: it has just been refused.
-    pub async fn issued<F, Fut, E>(
+    /// life. One from before `since` is not returned again: it has just been refused. A refusal to exchange is the answer
+    /// of all who show what was read before it.
+    pub async fn issued<F, Fut>(
         &self,
         registry: &str,
         credential: &Credential,
@@ -233,11 +266,12 @@ impl TokenCache {
         let fetch = || async {
             let issued_at = Instant::now();
             let Issued { credential, life } = exchange().await?;
-            Ok(Login { credential, issued_at, renew_at: issued_at + life.mul_f64(0.8) })
+            Ok((Login { credential, issued_at }, Term::new(issued_at, life)))
         };
         let is_new = |login: &Login| since.is_none_or(|since| login.issued_at >= since);
+        let believed = since.unwrap_or_else(|| credential.read_at());
         let key = (registry.to_owned(), credential.fingerprint().clone());
-        Ok(self.issued.get(key, is_new, fetch).await?.credential)
+        Ok(self.issued.get(key, believed, is_new, fetch).await?.credential)
     }
 
     /// The login that was last issued for a credential.
@@ -250,22 +284,28 @@ impl TokenCache {
     /// What became of this identity token at this registry.
     #[must_use]
     pub fn next_login(&self, registry: &str, credential: &Arc<Credential>) -> NextLogin {
-        let mut logins = self.next.lock().unwrap_or_else(PoisonError::into_inner);
-        if logins.len() >= Self::MAX_LOGINS {
-            logins.retain(|_, login| Arc::strong_count(login) > 1);
-        }
         let key = (registry.to_owned(), credential.fingerprint().clone());
-        Arc::clone(logins.entry(key).or_insert_with(|| Arc::new(AsyncMutex::new(Arc::clone(credential)))))
+        let mut logins = self.next.lock().unwrap_or_else(PoisonError::into_inner);
+        if logins.len() >= Self::MAX_LOGINS && !logins.contains_key(&key) {
+            let is_used = |login: &NextLogin| Arc::strong_count(login) > 1;
+            logins.retain(|_, login| is_used(login) || login.try_read().is_ok_and(|next| next.is_given));
+            if logins.len() >= Self::MAX_LOGINS {
+                logins.retain(|_, login| is_used(login));
+            }
+        }
+        let new = || {
+            let next = Next { credential: Arc::clone(credential), is_kept: false, is_given: false };
+            Arc::new(RwLock::new(next))
+        };
+        Arc::clone(logins.entry(key).or_insert_with(new))
     }
 
     const MAX_LOGINS: usize = 4096;
 }
 
-impl Token {
-    fn is_same(&self, other: &Self) -> bool {
-        use secrecy::ExposeSecret;
-        self.value.expose_secret() == other.value.expose_secret()
-    }
+fn is_same(one: &SecretString, other: &SecretString) -> bool {
+    use secrecy::ExposeSecret;
+    one.expose_secret() == other.expose_secret()
 }
 
 #[cfg(test)]
@@ -280,14 +320,22 @@ mod tests {
         Token::from_answer(text.as_bytes(), Instant::now()).unwrap()
     }
 
+    fn same(one: &Token, other: &Token) -> bool {
+        is_same(&one.value, &other.value)
+    }
+
+    fn cache() -> TokenCache<TokenError> {
+        TokenCache::new(|_| false)
+    }
+
     fn key() -> TokenKey {
         TokenKey { registry: "r".into(), credential: None, scope: Scope::Pull("a".parse().unwrap()) }
     }
 
     #[test]
     fn answers_in_both_forms_are_read_and_others_are_refused() {
-        assert!(token(r#"{"token":"a","expires_in":300}"#).is_same(&token(r#"{"access_token":"a"}"#)));
-        assert!(token(r#"{"token":"","access_token":"b"}"#).is_same(&token(r#"{"token":"b"}"#)));
+        assert!(same(&token(r#"{"token":"a","expires_in":300}"#), &token(r#"{"access_token":"a"}"#)));
+        assert!(same(&token(r#"{"token":"","access_token":"b"}"#), &token(r#"{"token":"b"}"#)));
         for bad in ["", "{}", "<html>", r#"{"token":""}"#, r#"{"token":7}"#] {
             assert!(Token::from_answer(bad.as_bytes(), Instant::now()).is_err(), "{bad}");
         }
@@ -298,7 +346,7 @@ mod tests {
         for (said, seconds) in [("300", 240.0), ("null", 48.0), ("0", 0.8), ("99999999", 69_120.0)] {
             let (now, answer) = (Instant::now(), format!(r#"{{"token":"a","expires_in":{said}}}"#));
             let token = Token::from_answer(answer.as_bytes(), now).unwrap();
-            assert_eq!(token.renew_at - now, Duration::from_secs_f64(seconds), "{said}");
+            assert_eq!(token.term.renewed_after(now), Duration::from_secs_f64(seconds), "{said}");
         }
     }
 
@@ -323,10 +371,10 @@ mod tests {
 
     #[tokio::test]
     async fn many_that_ask_at_once_cause_one_fetch() {
-        let cache = TokenCache::default();
+        let cache = cache();
         let fetches = AtomicUsize::new(0);
         let ask = || {
-            cache.get(key(), None, || async {
+            cache.get(key(), (None, Instant::now()), || async {
                 fetches.fetch_add(1, Ordering::Relaxed);
                 tokio::task::yield_now().await;
                 Ok::<_, TokenError>(token(r#"{"token":"a","expires_in":300}"#))
@@ -338,7 +386,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_login_is_exchanged_once_in_its_life_and_once_more_when_it_is_refused() {
-        let cache = TokenCache::default();
+        let cache = cache();
         let (key_pair, exchanges) = (Credential::new("AKIA".into(), "s".into(), "x"), AtomicUsize::new(0));
         let ask = async |registry: &str, since| {
             let exchange = || async {
@@ -361,15 +409,51 @@ mod tests {
 
     #[tokio::test]
     async fn a_refused_token_and_an_old_one_are_fetched_again() {
-        let cache = TokenCache::default();
+        let cache = cache();
         let fetch = |text: &'static str| move || async move { Ok::<_, TokenError>(token(text)) };
-        let first = cache.get(key(), None, fetch(r#"{"token":"a","expires_in":300}"#)).await.unwrap();
-        let second = cache.get(key(), Some(&first), fetch(r#"{"token":"b","expires_in":300}"#)).await.unwrap();
-        assert!(!first.is_same(&second));
-        let old = Token { renew_at: Instant::now(), ..second.clone() };
+        let ask = async |refused, text| cache.get(key(), (refused, Instant::now()), fetch(text)).await.unwrap();
+        let first = ask(None, r#"{"token":"a","expires_in":300}"#).await;
+        let second = ask(Some(&first), r#"{"token":"b","expires_in":300}"#).await;
+        assert!(!same(&first, &second));
+        let old = Token { term: Term::new(Instant::now(), Duration::ZERO), ..second.clone() };
         let put = || async { Ok::<_, TokenError>(old) };
-        cache.get(key(), Some(&second), put).await.unwrap();
-        let third = cache.get(key(), None, fetch(r#"{"token":"c","expires_in":300}"#)).await.unwrap();
-        assert!(third.is_same(&token(r#"{"token":"c"}"#)));
+        cache.get(key(), (Some(&second), Instant::now()), put).await.unwrap();
+        let third = ask(None, r#"{"token":"c","expires_in":300}"#).await;
+        assert!(same(&third, &token(r#"{"token":"c"}"#)));
+    }
+
+    #[test]
+    fn an_identity_token_is_shown_as_often_as_one_likes_once_it_is_known_to_be_kept() {
+        let cache = cache();
+        let written = Arc::new(Credential::identity_token("a".to_owned().into(), "x"));
+        let next = cache.next_login("r", &written);
+        let mut next = next.try_write().unwrap();
+        assert!(!next.is_kept);
+        for (given, shown, is_kept) in [
+            (None, "a", true),
+            (Some("a"), "a", true),
+            (Some("b"), "b", false),
+            (Some("c"), "c", false),
+            (None, "c", true),
+        ] {
+            next.answered(given.map(|given| given.to_owned().into()).as_ref());
+            let token = next.credential.as_identity_token().map(|token| token.expose_secret().to_owned());
+            assert_eq!((token.as_deref(), next.is_kept), (Some(shown), is_kept), "{given:?}");
+        }
+    }
+
+    /// One that was written can be read again.
+    #[test]
+    fn of_too_many_identity_tokens_those_that_a_server_has_given_stay() {
+        let cache = cache();
+        let login = |number: usize| {
+            cache.next_login("r", &Arc::new(Credential::identity_token(number.to_string().into(), "x")))
+        };
+        login(0).try_write().unwrap().answered(Some(&"given".to_owned().into()));
+        for number in 1..=TokenCache::<TokenError>::MAX_LOGINS {
+            drop(login(number));
+        }
+        assert!(cache.next.lock().unwrap().len() < 10);
+        assert_eq!(login(0).try_read().unwrap().credential.password().expose_secret(), "given");
     }
 }

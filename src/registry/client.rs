@@ -6,10 +6,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use tokio::sync::{Mutex as AsyncMutex, Semaphore, SemaphorePermit};
+use tokio::sync::{Semaphore, SemaphorePermit};
 
 use super::{
     counters::Counters,
+    error::Error,
     known::Known,
     limits::HostLimits,
     memory::Memory,
@@ -19,7 +20,7 @@ use super::{
     transport::{Pools, Transport, TransportError},
 };
 use crate::{
-    auth::{Credential, NewRepository, TokenCache},
+    auth::{Credential, NewRepository, TokenCache, slots::Slots},
     oci::{Digest, Host, RepositoryName},
 };
 
@@ -28,7 +29,7 @@ use crate::{
 pub struct Timing {
     /// For a connection, name resolution and TLS included.
     pub connect: Duration,
-    /// For the head of the answer to a request without a body.
+    /// For the head of the answer to a request without a body, or for a login.
     pub head: Duration,
     /// For the next byte, either way.
     pub idle: Duration,
@@ -141,11 +142,11 @@ struct Inner {
     pools: Pools,
     /// Where no network is closed.
     open_pools: Pools,
-    tokens: TokenCache,
+    tokens: TokenCache<Error>,
     limits: Mutex<HashMap<String, Arc<HostLimits>>>,
     known: Mutex<HashMap<String, Arc<Known>>>,
     holders: Mutex<HashMap<Holding, RepositoryName>>,
-    created: AsyncMutex<HashMap<(String, RepositoryName), Instant>>,
+    created: Slots<(String, RepositoryName), Instant, Error>,
     small_blobs: Semaphore,
     memory: Memory,
 }
@@ -166,11 +167,11 @@ impl Client {
             options,
             pools: Pools::default(),
             open_pools: Pools::default(),
-            tokens: TokenCache::default(),
+            tokens: TokenCache::new(Error::is_retryable),
             limits: Mutex::default(),
             known: Mutex::default(),
             holders: Mutex::default(),
-            created: AsyncMutex::default(),
+            created: Slots::new(Error::is_retryable),
             small_blobs: Semaphore::new(SMALL_BLOBS_IN_MEMORY as usize),
         };
         Self { inner: Arc::new(inner) }
@@ -216,7 +217,7 @@ impl Client {
         &self.inner.memory
     }
 
-    pub(super) fn tokens(&self) -> &TokenCache {
+    pub(super) fn tokens(&self) -> &TokenCache<Error> {
         &self.inner.tokens
     }
 
@@ -232,8 +233,8 @@ impl Client {
         self.inner.options.hosts.get(host)?.new_repositories.as_ref()
     }
 
-    /// The repositories that were made, by registry, and when. Locked while one is.
-    pub(super) fn created(&self) -> &AsyncMutex<HashMap<(String, RepositoryName), Instant>> {
+    /// The repositories that were made, by registry, and when.
+    pub(super) fn created(&self) -> &Slots<(String, RepositoryName), Instant, Error> {
         &self.inner.created
     }
 

@@ -2,7 +2,7 @@
 //!
 //! The OCI error code counts before the status, because registries answer the same event with different statuses.
 
-use std::{fmt, time::Duration};
+use std::{fmt, sync::Arc, time::Duration};
 
 use http::StatusCode;
 use jiff::Timestamp;
@@ -12,7 +12,7 @@ use super::network::Denied;
 use crate::{auth::Unusable, reason::Reason};
 
 /// A failed exchange with a registry.
-#[derive(Debug, thiserror::Error)]
+#[derive(Clone, Debug, thiserror::Error)]
 pub struct Error {
     /// What happened.
     pub kind: ErrorKind,
@@ -25,7 +25,7 @@ pub struct Error {
     /// What to do, where it is known better than from the rest.
     pub advice: Option<String>,
     #[source]
-    source: Option<Box<dyn std::error::Error + Send + Sync>>,
+    source: Option<Arc<dyn std::error::Error + Send + Sync>>,
 }
 
 /// What happened.
@@ -160,7 +160,13 @@ impl Error {
     }
 
     pub(super) fn caused_by(mut self, source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
-        self.source = Some(source.into());
+        self.source = Some(Arc::from(source.into()));
+        self
+    }
+
+    /// The same failure, of what somebody else has asked for.
+    pub(super) fn about(mut self, subject: &str) -> Self {
+        subject.clone_into(&mut self.subject);
         self
     }
 
@@ -201,6 +207,12 @@ impl Error {
             ErrorKind::Status { code, .. } => code.as_deref(),
             _ => None,
         }
+    }
+
+    /// Whether the registry does not know who asks, or not any more.
+    #[must_use]
+    pub(super) fn is_unauthorized(&self) -> bool {
+        self.status() == Some(StatusCode::UNAUTHORIZED) || self.code() == Some(UNAUTHORIZED)
     }
 
     /// Whether the content asked for is simply not there.
@@ -282,7 +294,7 @@ impl Error {
             }
             (Step::Token, _, 400 | 401 | 403)
             | (Step::Login, _, 400 | 401)
-            | (_, Some("UNAUTHORIZED"), _)
+            | (_, Some(UNAUTHORIZED), _)
             | (_, _, 401) => Reason::AuthenticationFailed,
             (Step::PutManifest | Step::MoveTag, Some("TAG_INVALID"), _) => Reason::TagImmutable,
             (Step::PutManifest, _, 409) | (Step::MoveTag, _, 405 | 409 | 412) => Reason::TagImmutable,
@@ -314,7 +326,7 @@ impl Error {
 
 impl Step {
     /// Whether it is no question to the registry itself.
-    fn is_beside(self) -> bool {
+    pub(super) fn is_beside(self) -> bool {
         matches!(self, Self::Token | Self::Login | Self::CreateRepository)
     }
 }
@@ -434,8 +446,15 @@ const NO_SPACE: &str = "NO_SPACE";
 /// What we call it when a registry says in a general error that it takes no manifest with these `urls`.
 const URLS_REFUSED: &str = "URLS_REFUSED";
 /// Words that say more than the code beside them, and the code that they stand for.
-const TELLING_WORDS: [(&str, &str); 2] =
-    [("no space left on device", NO_SPACE), ("invalid URL on layer", URLS_REFUSED)];
+const TELLING_WORDS: [(&str, &str); 4] = [
+    ("no space left on device", NO_SPACE),
+    ("invalid URL on layer", URLS_REFUSED),
+    // Harbor says DENIED to what its quota of a project does not allow, Amazon to a password of yesterday.
+    ("Quota exceeded when processing", "QUOTA_EXCEEDED"),
+    ("authorization token has expired", UNAUTHORIZED),
+];
+/// Who asks is not known (distribution-spec, "Error Codes").
+const UNAUTHORIZED: &str = "UNAUTHORIZED";
 
 /// The first code and message of an error body (distribution-spec, "Error Codes"). Other bodies say nothing.
 pub(super) fn parse_envelope(body: &[u8]) -> (Option<String>, Option<String>) {
@@ -476,6 +495,22 @@ mod tests {
             credential: None,
         };
         Error::new(kind, step, "r.example", "a:1")
+    }
+
+    #[test]
+    fn words_that_say_more_than_the_code_are_what_counts() {
+        for (status, words, reason) in [
+            (403, "Quota exceeded when processing the request of adding 1.0 GiB of storage", Reason::QuotaExceeded),
+            (403, "Your authorization token has expired. Reauthenticate and try again.", Reason::AuthenticationFailed),
+            (500, "write: no space left on device", Reason::QuotaExceeded),
+            (403, "requested access to the resource is denied", Reason::PermissionDenied),
+        ] {
+            let body = serde_json::json!({"errors": [{"code": "DENIED", "message": words}]}).to_string();
+            let (code, message) = parse_envelope(body.as_bytes());
+            let found = answer(Step::StartUpload, status, code.as_deref());
+            assert_eq!((found.reason(Side::Target), message.as_deref()), (reason, Some(words)));
+            assert!(!found.is_retryable() && found.is_unauthorized() == (reason == Reason::AuthenticationFailed));
+        }
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use std::{
     fmt,
     sync::{Arc, atomic::Ordering},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use bytes::Bytes;
@@ -16,8 +16,10 @@ use super::{
     repository::Repository,
     send::{Request, cause, is_metadata},
 };
-use crate::auth::{BoxError, Credential, ExchangeError, Http, ToMetadata};
+use crate::auth::{BoxError, Credential, ExchangeError, Http, ToMetadata, slots::Term};
 
+/// How long it is remembered that a repository was made. Who writes to one that is gone since then has it made again.
+const MADE: Duration = Duration::from_mins(10);
 /// Answers are read this far.
 const MAX_ANSWER: u64 = 64 << 10;
 
@@ -32,9 +34,10 @@ impl Repository {
         let Some(written) = self.credential(index) else { return Ok(None) };
         let Some(exchange) = written.exchange() else { return Ok(Some(Arc::clone(written))) };
         let http = Arc::new(Outside { repository: self.clone() });
-        let ask = || async { exchange.exchange(http).await };
+        let fail = |error| self.exchange_error(error, written, (Step::Login, subject));
+        let ask = || async { exchange.exchange(http).await.map_err(fail) };
         let issued = self.client().tokens().issued(self.registry_key(), written, since, ask).await;
-        issued.map(Some).map_err(|error| self.exchange_error(error, written, (Step::Login, subject)))
+        issued.map(Some).map_err(|error| error.about(subject))
     }
 
     /// Whether a text repeats a password, also one that was issued.
@@ -57,17 +60,17 @@ impl Repository {
         let exchange = written.and_then(|written| Some((written, written.exchange()?)));
         let settings = self.client().new_repository(self.host());
         let (Some((written, exchange)), Some(settings)) = (exchange, settings) else { return Err(missing) };
-        let mut created = self.client().created().lock().await;
-        let key = (self.registry_key().to_owned(), self.name().clone());
-        if created.get(&key).is_some_and(|at| *at > began) {
-            return Ok(());
-        }
         let http = Arc::new(Outside { repository: self.clone() });
-        let answer = exchange.create_repository(http, self.name(), settings).await;
-        answer.map_err(|error| self.exchange_error(error, written, (Step::CreateRepository, self.name().as_str())))?;
-        tracing::info!(host = %self.host(), repository = %self.name(), "the repository was created");
-        created.insert(key, Instant::now());
-        Ok(())
+        let subject = (Step::CreateRepository, self.name().as_str());
+        let create = || async {
+            let answer = exchange.create_repository(http, self.name(), settings).await;
+            answer.map_err(|error| self.exchange_error(error, written, subject))?;
+            tracing::info!(host = %self.host(), repository = %self.name(), "the repository was created");
+            let now = Instant::now();
+            Ok((now, Term::new(now, MADE)))
+        };
+        let key = (self.registry_key().to_owned(), self.name().clone());
+        self.client().created().get(key, began, |at| *at > began, create).await.map(|_| ())
     }
 
     fn login_failure(&self, kind: ErrorKind) -> Error {

@@ -210,7 +210,7 @@ impl Repository {
             if !is_ours {
                 return Err(error);
             }
-            if status == StatusCode::UNAUTHORIZED {
+            if status == StatusCode::UNAUTHORIZED || (error.is_unauthorized() && may_renew) {
                 match authorization.kind {
                     AuthorizationKind::Token(token) if refused.is_none() => {
                         refused = Some(token);
@@ -347,7 +347,9 @@ impl Repository {
             *built.body_mut() = Some(request.body.clone().into());
         }
         let timing = self.client().timing();
-        let patience = if request.body.is_empty() { timing.head } else { timing.answer };
+        // What is written may take long to be looked through; what asks for a login is small.
+        let is_small = request.body.is_empty() || request.step.is_beside();
+        let patience = if is_small { timing.head } else { timing.answer };
         let sent = Instant::now();
         let counted = permit.sent(&request.method);
         let answer = match timeout(patience, http.execute(built)).await {
@@ -399,7 +401,11 @@ impl Repository {
                     self.fetch_token(realm, service.as_deref(), login.as_ref(), scope, subject).await
                 })
             };
-            let token = self.client().tokens().get(key, refused, fetch).await?;
+            // A refusal of a login that is had anew says nothing of the next one.
+            let read_at = self.credential(index).filter(|_| since.is_none()).map(|credential| credential.read_at());
+            let believed = read_at.unwrap_or_else(std::time::Instant::now);
+            let token = self.client().tokens().get(key, (refused, believed), fetch).await;
+            let token = token.map_err(|error| error.about(subject))?;
             return Ok(Authorization { kind: AuthorizationKind::Token(token), identity });
         }
         if !challenges.contains(&Challenge::Basic) {

@@ -39,11 +39,17 @@ impl Repository {
         }
         let identity = login.filter(|credential| credential.as_identity_token().is_some());
         let identity = identity.map(|credential| self.client().tokens().next_login(self.registry_key(), credential));
-        let mut next = match &identity {
-            Some(next) => Some(next.lock().await),
+        // One that is kept is shown by many at a time.
+        let kept = match &identity {
+            Some(next) => Some(next.read().await).filter(|next| next.is_kept).map(|next| Arc::clone(&next.credential)),
             None => None,
         };
-        let credential = next.as_deref().or(login).cloned();
+        let mut next = match &identity {
+            Some(next) if kept.is_none() => Some(next.write().await),
+            _ => None,
+        };
+        let held = next.as_ref().map(|next| Arc::clone(&next.credential));
+        let credential = kept.or(held).or_else(|| login.cloned());
         let (credential, is_identity) = (credential.as_ref(), identity.is_some());
         let ask = |by_post: bool| Self::token_request(&url, service, scope, credential.filter(|_| by_post), subject);
         let mut answer = self.ask_for_token(&ask(is_identity), credential.filter(|_| !is_identity)).await?;
@@ -62,8 +68,11 @@ impl Repository {
         let body = self.read_body(answer, MAX_SMALL_BODY, Step::Token, subject).await?;
         let token = Token::from_answer(&body, std::time::Instant::now())
             .map_err(|error| fail(ErrorKind::Malformed("it holds no token".into()), &host).caused_by(error))?;
-        if let (Some(next), Some(token)) = (&mut next, token.refresh()) {
-            **next = Arc::new(Credential::identity_token(token.clone(), next.origin()));
+        match (&mut next, &identity) {
+            (Some(next), _) => next.answered(token.refresh()),
+            // It was kept, and is no more.
+            (None, Some(identity)) if token.refresh().is_some() => identity.write().await.answered(token.refresh()),
+            _ => {}
         }
         Ok(token)
     }

@@ -59,7 +59,7 @@ pub(super) fn key_pair(host: &Host, written: &Arc<Credential>) -> Arc<Credential
     let (key, secret) = (written.username().to_owned(), written.password().clone());
     let who = Who::KeyPair { key, secret };
     let login = EcrLogin { ecr, who, origin: written.origin().to_owned() };
-    Arc::new(Credential::exchanged(Arc::new(login), &written.fingerprint().to_string(), written.origin()))
+    Arc::new(written.exchanged_by(Arc::new(login)))
 }
 
 /// The login of an identity.
@@ -67,9 +67,7 @@ pub(super) fn login(host: &Host, principal: &Principal) -> Result<Credential, Un
     let ecr = EcrHost::of(host)
         .ok_or_else(|| Unusable { reason: Reason::InvalidSpec, message: format!("{host} is no registry of Amazon") })?;
     let (who, name, origin) = match principal {
-        Principal::Program => {
-            (Who::Program, Cloud::Aws.to_string(), "the operator's own identity at Amazon".to_owned())
-        }
+        Principal::Program => (Who::Program, Cloud::Aws.to_string(), principal.origin()),
         Principal::Account(account) => {
             let role = account.annotation(ROLE_ARN)?.to_owned();
             let audience = account.annotations.get(AUDIENCE_ANNOTATION).filter(|audience| !audience.is_empty());
@@ -275,8 +273,8 @@ fn malformed(what: &str) -> ExchangeError {
 }
 
 fn no_identity() -> ExchangeError {
-    let message = "the operator has no identity at Amazon: give its ServiceAccount one (EKS Pod Identity, IAM roles for \
-                   service accounts), or name a ServiceAccount in spec.serviceAccountName";
+    let message = "this program has no identity at Amazon: give it one (to the operator's ServiceAccount by EKS Pod Identity \
+                   or IAM roles for service accounts), or name a ServiceAccount in spec.serviceAccountName";
     Unusable { reason: Reason::AuthenticationFailed, message: message.to_owned() }.into()
 }
 
@@ -337,7 +335,7 @@ where
         Some(CredentialsError::CredentialsNotLoaded(_)) => no_identity(),
         Some(_) if !is_unanswered => {
             let why = causes().last().map(ToString::to_string).unwrap_or_default();
-            let message = format!("the operator's own identity at Amazon could not be had: {why}; check its role");
+            let message = format!("this program's own identity at Amazon could not be had: {why}; check its role");
             Unusable { reason: Reason::AuthenticationFailed, message }.into()
         }
         _ => ExchangeError::Unanswered(Box::new(error)),

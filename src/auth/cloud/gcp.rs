@@ -147,7 +147,7 @@ pub(super) fn login(principal: &Principal) -> Result<Credential, Unusable> {
             reason: Reason::SecretInvalid,
             message: format!(
                 "by what Google knows this cluster is not said; add the annotation {TRUST} to ServiceAccount {:?}, or \
-                 gcp.workloadIdentity to the operator's configuration",
+                 gcp.workloadIdentity to the operator's configuration (kubectl imagemirror: --gcp-workload-identity)",
                 account.name
             ),
         })?,

@@ -134,8 +134,7 @@ pub fn as_the_host_wants_it(host: &Host, written: &Arc<Credential>) -> Arc<Crede
         Some(Cloud::Aws) if is_plain && aws::is_access_key(written.username()) => aws::key_pair(host, written),
         Some(Cloud::Azure) if is_plain && written.username().is_empty() => {
             let exchange = AcrToken::new(host.clone(), written.password().clone(), written.origin());
-            let name = written.fingerprint().to_string();
-            Arc::new(Credential::exchanged(Arc::new(exchange), &name, written.origin()))
+            Arc::new(written.exchanged_by(Arc::new(exchange)))
         }
         _ => Arc::clone(written),
     }
@@ -172,14 +171,31 @@ impl EcrHost {
         let (fips, rest) = rest.strip_prefix("-fips").map_or((false, rest), |rest| (true, rest));
         let (region, suffix) = rest.strip_prefix('.')?.split_once('.')?;
         let is_account = account.len() == 12 && account.bytes().all(|byte| byte.is_ascii_digit());
-        let is_region = region.contains('-') && region.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-');
-        let is_ours = ["amazonaws.com", "amazonaws.com.cn", "amazonaws.eu", "on.aws"].contains(&suffix);
-        (is_account && is_region && is_ours).then(|| Self::Private {
+        let is_ours = match region.split('-').next() {
+            Some("cn") => suffix == "amazonaws.com.cn",
+            Some("eusc") => suffix == "amazonaws.eu",
+            _ => ["amazonaws.com", "on.aws"].contains(&suffix),
+        };
+        (is_account && is_region(region) && is_ours).then(|| Self::Private {
             account: account.to_owned(),
             region: region.to_owned(),
             fips,
         })
     }
+}
+
+/// Such as `eu-west-1`, `us-gov-west-1` or `eusc-de-east-1`. It becomes a part of the hosts that are shown a login, of which
+/// others have names alike: `s3-us-west-2` is one.
+fn is_region(text: &str) -> bool {
+    let parts: Vec<&str> = text.split('-').collect();
+    let [area, middle @ .., number] = parts.as_slice() else { return false };
+    let is_word = |part: &&str| !part.is_empty() && part.bytes().all(|byte| byte.is_ascii_lowercase());
+    (area.len() == 2 || *area == "eusc")
+        && is_word(area)
+        && (1..=2).contains(&middle.len())
+        && middle.iter().all(is_word)
+        && (1..=2).contains(&number.len())
+        && number.bytes().all(|byte| byte.is_ascii_digit())
 }
 
 #[cfg(test)]
@@ -210,6 +226,14 @@ mod tests {
             ("123456789012.dkr.ecr.eu-west-1.amazonaws.com:5000", None),
             ("evil.example.123456789012.dkr.ecr.eu-west-1.amazonaws.com", None),
             ("123456789012.dkr.ecr.evil.example.amazonaws.com", None),
+            ("123456789012.dkr.ecr.eusc-de-east-1.amazonaws.eu", Some(Cloud::Aws)),
+            ("123456789012.dkr.ecr.us-isob-east-1.amazonaws.com", Some(Cloud::Aws)),
+            ("123456789012.dkr.ecr.s3-us-west-2.amazonaws.com", None),
+            ("123456789012.dkr.ecr.s3-accelerate.amazonaws.com", None),
+            ("123456789012.dkr.ecr.fips-us-east-1.amazonaws.com", None),
+            ("123456789012.dkr.ecr.us-east-1.amazonaws.com.cn", None),
+            ("123456789012.dkr.ecr.cn-north-1.amazonaws.com", None),
+            ("123456789012.dkr.ecr.us--east-1.amazonaws.com", None),
             ("azurecr.io", None),
             ("a.b.azurecr.io", None),
             ("myregistry.azurecr.io.evil.example", None),

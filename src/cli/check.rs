@@ -147,6 +147,7 @@ fn in_words(login: &Login, failure: &str) -> String {
             format!("{what}: refused: {refusal}")
         }
         (LoginOutcome::Refused, _) => format!("{what}: refused"),
+        (LoginOutcome::NotAskedFor, _) => format!("{what}: not asked for"),
         (LoginOutcome::Untried, _) => format!("{what}: not tried"),
     }
 }

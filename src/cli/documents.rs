@@ -145,7 +145,7 @@ impl Documents {
     /// A run with the Secrets of the files.
     pub(super) fn prepare(&self, mirror: &ValidatedMirror) -> Prepared {
         let key = |name: &str| (mirror.namespace.clone(), name.to_owned());
-        let mut secrets = Secrets { principal: Some(Principal::Program), ..Secrets::default() };
+        let mut secrets = Secrets { principal: Ok(Principal::Program), ..Secrets::default() };
         if let Some(name) = &mirror.service_account {
             match self.accounts.get(&key(name)) {
                 Some(account) => secrets.account = Account::of(account.clone()),

@@ -4,7 +4,10 @@
 //! A login in the environment is three variables with one prefix: `<NAME>_CONTAINER_REGISTRY_SERVER`, `_USER` and
 //! `_PASSWORD` (docs.github.com, "Allowing your codespace to access a private registry").
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::PathBuf,
+};
 
 use docker_credential::{CredentialRetrievalError, DockerCredential};
 
@@ -76,7 +79,7 @@ impl Logins {
     pub(super) fn prepare(&self, mirror: &ValidatedMirror) -> Result<Prepared, Failure> {
         let without_secrets =
             ValidatedMirror { pull_secrets: Vec::new(), target_secret: None, service_account: None, ..mirror.clone() };
-        let program = Secrets { principal: Some(Principal::Program), ..Secrets::default() };
+        let program = Secrets { principal: Ok(Principal::Program), ..Secrets::default() };
         let mut prepared = prepare(&without_secrets, &program, |_| Transport::default(), &BTreeMap::new());
         let hosts: BTreeSet<&Host> = mirror.source_hosts().chain([&mirror.target_host]).collect();
         let mut store = self.store.clone();
@@ -104,23 +107,38 @@ fn single(host: &Host, credential: Credential, origin: &str) -> Result<Credentia
     store.map_err(|error| Failure::Usage(format!("{origin}: {error}")))
 }
 
+/// Where Docker keeps what it is configured with (docs.docker.com, `docker` command line, "Configuration files").
+fn docker_configuration() -> Option<PathBuf> {
+    let set = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let directory = set("DOCKER_CONFIG").or_else(|| Some(set("HOME")?.join(".docker")))?;
+    Some(directory.join("config.json"))
+}
+
 /// The user's login for a registry, if there is one.
 fn docker_login(host: &Host) -> Result<Option<CredentialStore>, Failure> {
     const ORIGIN: &str = "the Docker configuration";
     const LOG_IN: &str = "log in again, or add Secrets to the files";
     let server = if host.as_str() == Host::DOCKER_HUB { "https://index.docker.io/v1/" } else { host.as_str() };
-    match docker_credential::get_credential(server) {
+    let Some(file) = docker_configuration() else { return Ok(None) };
+    let content = match std::fs::read(&file) {
+        Ok(content) => content,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => {
+            return Err(Failure::Usage(format!("{ORIGIN} {} cannot be read: {error}", file.display())));
+        }
+    };
+    match docker_credential::get_credential_from_reader(&*content, server) {
         Ok(DockerCredential::UsernamePassword(username, password)) => {
             single(host, Credential::new(username, password.into(), ORIGIN), ORIGIN).map(Some)
         }
         Ok(DockerCredential::IdentityToken(token)) => {
             single(host, Credential::identity_token(token.into(), ORIGIN), ORIGIN).map(Some)
         }
-        Err(
-            CredentialRetrievalError::ConfigNotFound
-            | CredentialRetrievalError::NoCredentialConfigured
-            | CredentialRetrievalError::ConfigReadError,
-        ) => Ok(None),
+        Err(CredentialRetrievalError::NoCredentialConfigured) => Ok(None),
+        Err(CredentialRetrievalError::ConfigReadError) => Err(Failure::Usage(format!(
+            "{ORIGIN} {} is not valid JSON of such a configuration; correct it",
+            file.display()
+        ))),
         // What helpers say where there is no login; the protocol has no other way to say it.
         Err(CredentialRetrievalError::HelperFailure { stdout, .. }) if stdout.contains("credentials not found") => {
             Ok(None)

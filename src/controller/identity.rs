@@ -20,17 +20,26 @@ use crate::{
 /// As short as the API server makes them: each is shown once.
 const LIFE_SECONDS: i64 = 600;
 
+/// With whose rights tokens are asked for.
+#[derive(Clone, Copy)]
+pub(crate) enum AskedBy {
+    Operator,
+    /// Of the command line.
+    User,
+}
+
 /// The tokens of one `ServiceAccount`.
 pub(crate) struct ServiceAccountTokens {
     api: Api<ServiceAccount>,
     name: String,
+    by: AskedBy,
     timeout: Duration,
 }
 
 impl ServiceAccountTokens {
     /// Asked for with the rights of this client, and waited for so long.
-    pub(crate) fn new(client: Client, namespace: &str, name: &str, timeout: Duration) -> Self {
-        Self { api: Api::namespaced(client, namespace), name: name.to_owned(), timeout }
+    pub(crate) fn new(client: Client, (namespace, name): (&str, &str), by: AskedBy, timeout: Duration) -> Self {
+        Self { api: Api::namespaced(client, namespace), name: name.to_owned(), by, timeout }
     }
 
     async fn ask(&self, audience: &str) -> Result<SecretString, ExchangeError> {
@@ -50,11 +59,18 @@ impl ServiceAccountTokens {
             },
             Err(Error::Api { source, .. }) if is_forbidden(&source) => Err(unusable(
                 Reason::Forbidden,
-                format!(
-                    "the operator may not create tokens of ServiceAccount {:?}; grant it that with the chart's \
-                     serviceAccountTokens.create",
-                    self.name
-                ),
+                match self.by {
+                    AskedBy::Operator => format!(
+                        "the operator may not create tokens of ServiceAccount {:?}; grant it that with the chart's \
+                         serviceAccountTokens.create",
+                        self.name
+                    ),
+                    AskedBy::User => format!(
+                        "you may not create tokens of ServiceAccount {:?}; ask for a role that allows `create` of \
+                         serviceaccounts/token",
+                        self.name
+                    ),
+                },
             )),
             Err(Error::Api { source, .. }) if is_not_found(&source) => Err(unusable(
                 Reason::SecretNotFound,
@@ -63,7 +79,8 @@ impl ServiceAccountTokens {
                     self.name
                 ),
             )),
-            Err(error) => Err(ExchangeError::Unanswered(Box::new(error))),
+            // No registry has a part in it.
+            Err(error) => Err(unusable(error.reason(), format!("{error}; it is tried again"))),
         }
     }
 }

@@ -9,7 +9,7 @@ use kube::Api;
 use super::{
     context::Context,
     error::{Error, call, is_forbidden, is_not_found},
-    identity::ServiceAccountTokens,
+    identity::{AskedBy, ServiceAccountTokens},
 };
 use crate::{
     auth::cloud::Principal,
@@ -48,14 +48,21 @@ pub(super) async fn resolve(context: &Context, mirror: &ValidatedMirror) -> Resu
 }
 
 /// Who logs in where an identity does: the `ServiceAccount`, else the operator itself, where the administrator lets it.
-fn principal(context: &Context, mirror: &ValidatedMirror, account: &Account) -> Option<Principal> {
+fn principal(context: &Context, mirror: &ValidatedMirror, account: &Account) -> Result<Principal, Problem> {
     let namespace = &mirror.namespace;
     let Some(name) = &mirror.service_account else {
-        return context.config.identity_namespaces.contains(namespace).then_some(Principal::Program);
+        let may = context.config.identity_namespaces.contains(namespace);
+        return may.then_some(Principal::Program).ok_or_else(|| Problem {
+            reason: Reason::Forbidden,
+            message: format!(
+                "the namespace {namespace} may not use the operator's own identity; name a ServiceAccount in \
+                 spec.serviceAccountName, or have the namespace added to identityNamespaces in the operator's configuration"
+            ),
+        });
     };
     let timeout = context.config.timing.api_timeout;
-    let identity = ServiceAccountTokens::new(context.client.clone(), namespace, name, timeout);
-    Some(account.principal(namespace, name, context.config.gcp_trust.clone(), Arc::new(identity)))
+    let identity = ServiceAccountTokens::new(context.client.clone(), (namespace, name), AskedBy::Operator, timeout);
+    Ok(account.principal(namespace, name, context.config.gcp_trust.clone(), Arc::new(identity)))
 }
 
 /// The same for an object that waits: one question for all that wait for the same Secret. Nothing of it is kept but

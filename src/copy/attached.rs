@@ -97,6 +97,8 @@ impl Walk<'_> {
             return Ok(Vec::new());
         }
         match self.source.manifest(&tag).await {
+            // Some registries read the tag as the digest that it is made of.
+            Ok(manifest) if manifest.digest == *subject => Ok(Vec::new()),
             Ok(manifest) if manifest.is_index() => {
                 let index = RawIndex::parse(&manifest.bytes);
                 Ok(index.map_err(|error| self.refused(&manifest.digest, error))?.manifests)
@@ -186,6 +188,10 @@ impl Walk<'_> {
         let _alone = lock.lock().await;
         for _ in 0..MAX_ROUNDS {
             let (mut index, media_type, read) = match self.target.manifest(&text).await {
+                Ok(manifest) if manifest.digest == *subject => {
+                    let (subject, target) = (subject.clone(), self.target.place());
+                    return Err(CopyError::Unlisted { subject, target });
+                }
                 Ok(manifest) => {
                     let index = RawIndex::parse(&manifest.bytes);
                     let index = index.map_err(|error| self.refused(&manifest.digest, error))?;

@@ -1,7 +1,7 @@
 //! What a copy failed of: the side, the exchange, or the document.
 
 use crate::{
-    oci::{Algorithm, Child, ManifestError, RawManifest, media_type},
+    oci::{Algorithm, Child, Digest, ManifestError, RawManifest, media_type},
     reason::Reason,
     registry::{CertificateProblem, Error, ErrorKind, Side, Step},
 };
@@ -50,6 +50,17 @@ pub enum CopyError {
     /// Another client keeps changing what is to be changed here.
     #[error("{0}")]
     Contended(String),
+    /// The target has no referrers API, and reads its fallback tag as the digest that it is made of.
+    #[error(
+        "what is attached to {subject} was copied to {target} and cannot be found there: the registry has no referrers \
+         API, and takes the tag in its place for the digest itself"
+    )]
+    Unlisted {
+        /// What it is attached to.
+        subject: Digest,
+        /// The repository.
+        target: String,
+    },
     /// The graph is deeper or larger than any real image.
     #[error("{subject} is not copied: {what}")]
     Bounds {
@@ -102,7 +113,9 @@ impl CopyError {
     pub fn reason(&self) -> Reason {
         match self {
             Self::Registry { side, error } => error.reason(*side),
-            Self::Form { .. } | Self::Manifest { .. } | Self::Bounds { .. } => Reason::ManifestRefused,
+            Self::Form { .. } | Self::Manifest { .. } | Self::Bounds { .. } | Self::Unlisted { .. } => {
+                Reason::ManifestRefused
+            }
             Self::PlatformMissing { .. } => Reason::PlatformMissing,
             Self::Contended(_) => Reason::Conflict,
             Self::TargetChanged => Reason::TargetChanged,
@@ -120,6 +133,7 @@ impl CopyError {
     pub fn advice(&self) -> &'static str {
         let side = match self {
             Self::Form { advice, .. } => return advice,
+            Self::Unlisted { .. } => return "leave it with spec.referrers.policy: None, or use another registry",
             Self::Registry { error: Error { kind: ErrorKind::Tls(problem), .. }, .. } => {
                 return certificate_advice(*problem);
             }

@@ -59,14 +59,16 @@ pub fn prepare(
     let logins: BTreeMap<&Host, Result<CredentialStore, Problem>> = mirror
         .source_hosts()
         .chain(target_without_secret)
-        .filter_map(|host| Some((host, login(host, mirror.registries.get(host)?.cloud?, mirror, secrets))))
+        .filter_map(|host| Some((host, login(host, mirror.registries.get(host)?.cloud?, secrets))))
         .collect();
     problems.extend(logins.values().filter_map(|login| login.as_ref().err().cloned()));
     let target = match &mirror.target_secret {
         Some(name) => secrets.get(name).and_then(|secret| credentials(name, secret)),
         None => logins.get(&mirror.target_host).cloned().unwrap_or_else(|| Ok(pull.clone())),
     };
-    problems.extend(target.as_ref().err().cloned());
+    // It may be that of a source, too.
+    let of_target = target.as_ref().err().filter(|problem| !problems.contains(problem)).cloned();
+    problems.extend(of_target);
     let mut transports = BTreeMap::new();
     let hosts = mirror.source_hosts().chain([&mirror.target_host]);
     for host in hosts {
@@ -189,18 +191,11 @@ fn pull_credentials(mirror: &ValidatedMirror, secrets: &Secrets) -> (CredentialS
 }
 
 /// The login of an identity in place of Secrets.
-fn login(host: &Host, cloud: Cloud, mirror: &ValidatedMirror, secrets: &Secrets) -> Result<CredentialStore, Problem> {
+fn login(host: &Host, cloud: Cloud, secrets: &Secrets) -> Result<CredentialStore, Problem> {
     if let Some(problem) = &secrets.account.problem {
         return Err(problem.clone());
     }
-    let principal = secrets.principal.as_ref().ok_or_else(|| Problem {
-        reason: Reason::Forbidden,
-        message: format!(
-            "the namespace {} may not use the operator's own identity at {host}; name a ServiceAccount in \
-             spec.serviceAccountName, or have the namespace added to identityNamespaces in the operator's configuration",
-            mirror.namespace
-        ),
-    })?;
+    let principal = secrets.principal.as_ref().map_err(Clone::clone)?;
     let failed = |Unusable { reason, message }| Problem { reason, message };
     let credential = cloud::login(cloud, host, principal).map_err(failed)?;
     CredentialStore::single(host.as_str(), credential)

@@ -25,14 +25,22 @@ use crate::{
 pub type Problem = Failure;
 
 /// The Secrets that an object names, as they were read, and its `ServiceAccount`.
-#[derive(Clone, Default)]
+#[derive(Clone)]
 pub struct Secrets {
     /// By name: the Secret, or why it could not be read.
     pub found: BTreeMap<String, Result<Secret, Problem>>,
     /// The `ServiceAccount`; empty without one.
     pub account: Account,
-    /// Who logs in where an identity does; nobody where nobody may.
-    pub principal: Option<Principal>,
+    /// Who logs in where an identity does, or why nobody does.
+    pub principal: Result<Principal, Problem>,
+}
+
+/// Without anything, and without an identity.
+impl Default for Secrets {
+    fn default() -> Self {
+        let nobody = Failure::new(Reason::InternalError, "no identity is used here; name a Secret");
+        Self { found: BTreeMap::new(), account: Account::default(), principal: Err(nobody) }
+    }
 }
 
 /// Names alone.

@@ -79,6 +79,8 @@ pub enum Outcome {
     Used,
     /// The registry does not take it for this, and it is the next one's turn.
     Refused,
+    /// The registry asks for none.
+    NotAskedFor,
     /// It was not its turn.
     Untried,
 }
@@ -194,6 +196,7 @@ impl Place<'_> {
                     _ if refusal.is_some() => Outcome::Refused,
                     // Nobody was there to be shown it.
                     Some(error) if error.status().is_none() => Outcome::Untried,
+                    _ if attempt.asked_for.is_empty() => Outcome::NotAskedFor,
                     _ => Outcome::Used,
                 };
                 login.refusal.clone_from(&refusal);

@@ -36,6 +36,8 @@ async fn every_way_to_fail_is_told_apart() -> Result<()> {
     let realm = Proxy::to(place.env, source).start().await?;
     let elsewhere = r#"Bearer realm="https://u:hunter2@localhost:1/token?x=hunter2",service="x""#;
     realm.rule(Matcher::new(), Action::respond(401).header("WWW-Authenticate", elsewhere));
+    let open = &place.env.open;
+    place.push(open, "agent", "1", &Image::single(601, &[10])).await?;
     let [pull, push, ca] = secrets(&place);
     let spec = place.spec(source, target, &[("agent", &["1"])]);
     let with = |pointer: &str, value: Value| {
@@ -57,6 +59,8 @@ async fn every_way_to_fail_is_told_apart() -> Result<()> {
     let reader = place.env.token.user("pull").context("a reader")?;
     let list =
         json!([{"source": format!("{}/{}", source.host, place.repository("agent")), "select": {"pattern": ".*"}}]);
+    let mut without_tls = at(&open.host);
+    without_tls["registries"][0] = json!({"host": open.host, "plainHTTP": true});
     let cases = [
         ("right", spec.clone(), vec![pull.clone(), push.clone()], 0),
         ("wrong", spec.clone(), vec![login(&place, "pull", &[(&source.host, "puller", "hunter2")]), push.clone()], 1),
@@ -73,6 +77,7 @@ async fn every_way_to_fail_is_told_apart() -> Result<()> {
         ("tags", with("/images", list), vec![pull.clone(), push.clone()], 0),
         ("tag", with("/images/0/tags", json!(["2"])), vec![pull.clone(), push.clone()], 1),
         ("realm", at(&realm.host()), vec![login(&place, "pull", &[(&realm.host(), "u", "hunter2")]), push.clone()], 1),
+        ("open", without_tls, vec![login(&place, "pull", &[(&open.host, "u", "hunter2")]), push.clone()], 0),
         ("unreachable", at("127.0.0.1:1"), vec![pull.clone(), push.clone()], 1),
         ("certificate", with("/registries", json!([])), vec![pull.clone(), push.clone()], 1),
     ];
@@ -157,5 +162,15 @@ async fn the_plugin_says_which_secret_of_the_cluster_is_missing() -> Result<()> 
     place.apply("datadog", &spec).await?;
     plugin.show(&mut session, &format!("check datadog {here}"))?;
     plugin.show(&mut session, &format!("check none {here}"))?;
+    // With an identity: that of the operator is nobody else's, and what Google trusts is in the operator's configuration.
+    spec["imagePullSecrets"] = json!([{"name": "pull"}]);
+    spec["target"] = json!({"registry": "gcr.io", "repository": "team/{name}"});
+    spec["registries"].as_array_mut().context("registries")?.push(json!({"host": "gcr.io", "provider": "gcp"}));
+    place.apply("identity", &spec).await?;
+    plugin.show(&mut session, &format!("check identity {here}"))?;
+    spec["serviceAccountName"] = json!("default");
+    place.apply("identity", &spec).await?;
+    plugin.show(&mut session, &format!("check identity {here}"))?;
+    plugin.show(&mut session, &format!("check identity --gcp-workload-identity cluster {here}"))?;
     session.check("plugin-check")
 }

@@ -410,6 +410,58 @@ async fn without_secrets_in_the_files_the_docker_configuration_is_used() -> Resu
 }
 
 #[tokio::test]
+async fn the_docker_configuration_has_its_helpers_asked_and_is_not_overlooked_where_it_is_broken() -> Result<()> {
+    let bench = Bench::new("docker-helper");
+    let image = Image::single(132, &[10]);
+    let (source, target) = (&bench.env.source, &bench.env.target);
+    bench.push(source, "agent", "1", &image).await?;
+    let directory = bench.env.run_dir.join(&bench.prefix);
+    std::fs::create_dir_all(&directory)?;
+    let helper = directory.join("docker-credential-testenv");
+    let answer = |registry: &testenv::Registry| json!({"ServerURL": registry.host, "Username": registry.username, "Secret": registry.password});
+    std::fs::write(
+        &helper,
+        format!(
+            "#!/bin/sh\nread -r server\necho \"$1 $server\" >> '{0}'\ncase $server in {1}) echo '{2}';; {3}) echo '{4}';; \
+             *) echo 'credentials not found in native keychain'; exit 1;; esac\n",
+            directory.join("asked").display(),
+            source.host,
+            answer(source),
+            target.host,
+            answer(target)
+        ),
+    )?;
+    std::fs::set_permissions(&helper, std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
+    let mirror = json!({"apiVersion": "imagemirror.dev/v1alpha1", "kind": "ImageMirror", "metadata": {"name": "m"}, "spec": {
+        "images": [{"source": format!("{}/{}:1", source.host, bench.repository("agent")), "targetRepository": bench.repository("copy")}],
+        "target": {"registry": target.host},
+    }});
+    let file = directory.join("mirror.yaml");
+    std::fs::write(&file, mirror.to_string())?;
+    let path = format!("{}:{}", directory.display(), std::env::var("PATH")?);
+    let sync = |configuration: &str| -> Result<(Option<i32>, String)> {
+        std::fs::write(directory.join("config.json"), configuration)?;
+        let mut sync = imagemirror(&["sync", "-f"]);
+        sync.arg(&file).env("DOCKER_CONFIG", &directory).env("PATH", &path).env("SSL_CERT_FILE", &bench.env.ca_path);
+        let output = sync.output()?;
+        Ok((output.status.code(), String::from_utf8(output.stderr)?))
+    };
+    let (code, err) = sync("{\"auths\": {},}")?;
+    ensure!(code == Some(2) && err.contains("config.json is not valid JSON"), "{code:?} {err}");
+    let helpers = json!({"credHelpers": {&source.host: "testenv"}, "credsStore": "testenv"});
+    let (code, err) = sync(&helpers.to_string())?;
+    ensure!(code == Some(0), "{code:?} {err}");
+    let asked = std::fs::read_to_string(directory.join("asked"))?;
+    ensure!(
+        asked == format!("get {}\nget {}\n", source.host, target.host)
+            || asked == format!("get {}\nget {}\n", target.host, source.host),
+        "{asked}"
+    );
+    ensure!(testenv::Client::new(bench.env, target)?.holds(&bench.repository("copy"), "1", &image).await?);
+    Ok(())
+}
+
+#[tokio::test]
 async fn a_layer_that_two_images_share_is_sent_once_and_mounted() -> Result<()> {
     let bench = Bench::new("mount");
     let image = Image::single(141, &[2_000_000]);

@@ -263,6 +263,39 @@ async fn an_entry_that_never_stays_is_given_up() -> Result<()> {
     Ok(())
 }
 
+/// As GitLab's does.
+#[tokio::test]
+async fn a_registry_that_reads_the_fallback_tag_as_the_digest_has_no_list_there() -> Result<()> {
+    let (source, target) = pair(Distribution, Distribution).await?;
+    let image = Image::multi_arch(192, &[300], &["linux/amd64", "linux/arm64"]);
+    let reads_it_so = |proxy: &Proxy| {
+        let whole = Do::respond(200)
+            .header("Content-Type", &image.root.media_type)
+            .header("Docker-Content-Digest", &image.root.digest)
+            .body(image.root.bytes.clone());
+        proxy.rule(Matcher::new().method("GET").route(Route::Manifest).reference(&fallback_tag(&image.root)), whole);
+    };
+    client_of(source.registry())?.push("a", "1", &image).await?;
+    let proxy = Proxy::to(Env::get(), source.registry()).start().await?;
+    reads_it_so(&proxy);
+    proxy.rule(Matcher::new().route(Route::Tags), Do::respond(403));
+    Direct::of("a:1", "a:1").done(proxy.registry(), target.registry()).await?;
+    let found = client_of(target.registry())?.tags("a").await?;
+    ensure!(found == ["1"], "the platforms are taken for what is attached: {found:?}");
+    let source = server(Olareg).await?;
+    client_of(source.registry())?.push("b", "1", &image).await?;
+    attach(source.registry(), true, "b", &image.root, &[&Image::referrer(&image.root, 193, SBOM)]).await?;
+    let proxy = Proxy::to(Env::get(), target.registry()).start().await?;
+    reads_it_so(&proxy);
+    let (reason, message) = Direct::of("b:1", "b:1").fails(source.registry(), proxy.registry()).await?;
+    ensure!(
+        reason == Reason::ManifestRefused && message.contains("spec.referrers.policy: None"),
+        "{reason}: {message}"
+    );
+    ensure!(proxy.count(&Matcher::new().method("PUT").reference(&fallback_tag(&image.root))) == 0);
+    Ok(())
+}
+
 #[tokio::test]
 async fn what_a_registry_does_not_say_that_it_lists_is_listed_under_a_tag() -> Result<()> {
     let (source, target) = pair(Olareg, Distribution).await?;

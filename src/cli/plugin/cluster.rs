@@ -14,9 +14,12 @@ use serde_json::Value;
 
 use crate::{
     api::v1alpha1::ImageMirror,
-    auth::cloud::Principal,
+    auth::cloud::GcpTrust,
     cli::{Failure, operator::can_be_read},
-    controller::{api_words, identity::ServiceAccountTokens},
+    controller::{
+        api_words,
+        identity::{AskedBy, ServiceAccountTokens},
+    },
     mirror::{Account, Problem, Secrets, ValidatedMirror, is_object_name, validate},
     reason::Reason,
 };
@@ -144,7 +147,13 @@ impl Cluster {
     }
 
     /// Everything that a mirror names, read as the user; what cannot be read is part of the answer.
-    pub(super) async fn secrets(&self, mirror: &ValidatedMirror) -> Result<Secrets, Failure> {
+    ///
+    /// `gcp_trust` is what the operator's configuration says of the cluster, which the user may not be able to read.
+    pub(super) async fn secrets(
+        &self,
+        mirror: &ValidatedMirror,
+        gcp_trust: Option<GcpTrust>,
+    ) -> Result<Secrets, Failure> {
         let mut account = Account::default();
         if let Some(name) = &mirror.service_account {
             match self.read::<ServiceAccount>("ServiceAccount", name).await? {
@@ -157,11 +166,21 @@ impl Cluster {
             let secret = self.read::<Secret>("Secret", &name).await?;
             found.insert(name, secret);
         }
-        let principal = mirror.service_account.as_ref().map_or(Principal::Program, |name| {
-            let tokens = ServiceAccountTokens::new(self.client.clone(), &self.namespace, name, DEADLINE);
-            account.principal(&self.namespace, name, None, Arc::new(tokens))
-        });
-        Ok(Secrets { found, account, principal: Some(principal) })
+        let principal = match &mirror.service_account {
+            Some(name) => {
+                let place = (self.namespace.as_str(), name.as_str());
+                let tokens = ServiceAccountTokens::new(self.client.clone(), place, AskedBy::User, DEADLINE);
+                Ok(account.principal(&self.namespace, name, gcp_trust, Arc::new(tokens)))
+            }
+            // The user's own would say nothing of it.
+            None => Err(Problem {
+                reason: Reason::Forbidden,
+                message: "the operator's own identity is used, which nobody else has: what registries answer to it is in the \
+                          status; only a ServiceAccount of spec.serviceAccountName can be tried from here"
+                    .to_owned(),
+            }),
+        };
+        Ok(Secrets { found, account, principal })
     }
 
     async fn read<K>(&self, kind: &str, name: &str) -> Result<Result<K, Problem>, Failure>

@@ -22,6 +22,8 @@ pub(super) struct Known {
     self_mounts: AtomicBool,
     /// An upload that broke can be continued, or has not turned out to be thrown away.
     resumes: AtomicBool,
+    /// A blob that came whole with the end of its upload was lost, and one that came before the end was taken.
+    loses_whole: AtomicBool,
     /// The referrers API is there, or is not; `None` as long as nobody has asked.
     referrers: Mutex<Option<bool>>,
     first_referrers: AsyncMutex<()>,
@@ -42,6 +44,7 @@ impl Known {
             mounts: AtomicBool::new(quirks.mounts),
             self_mounts: AtomicBool::new(quirks.mounts),
             resumes: AtomicBool::new(quirks.resumes_uploads),
+            loses_whole: AtomicBool::new(false),
             referrers: Mutex::new(quirks.referrers_api),
             first_referrers: AsyncMutex::default(),
             absent_is_forbidden: quirks.absent_is_forbidden,
@@ -114,6 +117,16 @@ impl Known {
         let Some(next) = tried.after_refusal() else { return false };
         *strategy = next;
         true
+    }
+
+    /// Whether blobs are sent before the end of their uploads, be they ever so small.
+    pub(super) fn loses_whole(&self) -> bool {
+        self.loses_whole.load(Ordering::Relaxed)
+    }
+
+    /// It took one so that it had lost before.
+    pub(super) fn whole_are_lost(&self) {
+        self.loses_whole.store(true, Ordering::Relaxed);
     }
 
     /// Whether an upload that broke is worth asking about.

@@ -152,8 +152,35 @@ mod tests {
     use super::*;
     use crate::{
         auth::CredentialStore,
-        registry::{Access, Client, ClientOptions, Networks, Proxy, Transport},
+        registry::{Access, Client, ClientOptions, Networks, Proxy, Timing, Transport},
     };
+
+    /// The ten minutes that a registry may look through an upload are not for those who ask for a login.
+    #[tokio::test]
+    async fn a_cloud_that_does_not_answer_is_waited_for_as_any_small_request_is() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let proxy = Arc::new(Proxy::new(&format!("http://{}", listener.local_addr().unwrap()), None).unwrap());
+        let silent = tokio::spawn(async move {
+            let mut connections = Vec::new();
+            while let Ok((stream, _)) = listener.accept().await {
+                connections.push(stream);
+            }
+        });
+        let transport = Transport { proxy: Some(proxy), ..Transport::default() };
+        let (head, answer) = (Duration::from_millis(50), Duration::from_hours(1));
+        let client = Client::new(ClientOptions {
+            transports: HashMap::from([("sts.example".parse().unwrap(), transport)]),
+            timing: Timing { head, answer, ..Timing::default() },
+            ..ClientOptions::default()
+        });
+        let host = "myregistry.azurecr.io".parse().unwrap();
+        let access = Access { host, transport: Transport::default(), credentials: CredentialStore::default() };
+        let outside = Outside { repository: Repository::for_pull(&client, &access, "a".parse().unwrap()).unwrap() };
+        let request = http::Request::post("http://sts.example/").body(Bytes::from_static(b"Action=x")).unwrap();
+        let error = outside.send(request).await.unwrap_err();
+        assert_eq!(cause::<Error>(&*error).unwrap().kind, ErrorKind::TimedOut);
+        silent.abort();
+    }
 
     /// What stands for the metadata service is at a closed address, too: a proxy of this machine.
     #[tokio::test]

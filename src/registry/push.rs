@@ -59,6 +59,7 @@ impl Repository {
             options,
             marks: Marks::for_size(blob.size),
             was_too_early: false,
+            loses_whole: self.known().loses_whole(),
             pauses: 0,
         };
         let stored = push.run().await?;
@@ -76,6 +77,8 @@ struct Push<'a> {
     marks: Marks,
     /// A continuation was refused because more had arrived meanwhile.
     was_too_early: bool,
+    /// A session was lost with the request that brought the whole blob: the next one brings it before the end.
+    loses_whole: bool,
     /// Times the source was waited for.
     pauses: u32,
 }
@@ -98,10 +101,13 @@ impl Push<'_> {
                 },
             };
             let session = self.options.sessions.open(upload.clone());
-            let strategy = self.target.known().strategy();
+            let strategy = self.strategy();
             let error = match self.send(&upload, from, strategy).await {
                 Ok(()) => {
                     session.finish();
+                    if self.loses_whole {
+                        self.target.known().whole_are_lost();
+                    }
                     return Ok(Stored::Copied);
                 }
                 Err(error) => error,
@@ -130,10 +136,18 @@ impl Push<'_> {
             } else if sessions == MAX_SESSIONS || !(corrupt_once || is_worth_another_session(&error)) {
                 return Err(error);
             }
+            self.loses_whole |= matches!(&error, PutError::Target(error) if error.is_lost_session());
             tracing::debug!(host = %error.inner().host, error = %error.inner(), %digest, "sending a blob again");
             upload.cancel().await;
             session.finish();
             self.target.back_off(sessions).await;
+        }
+    }
+
+    fn strategy(&self) -> UploadStrategy {
+        match self.target.known().strategy() {
+            UploadStrategy::Put if self.loses_whole => UploadStrategy::Patch,
+            strategy => strategy,
         }
     }
 
@@ -187,7 +201,8 @@ impl Push<'_> {
                 }
             }
         };
-        upload.put_bytes(bytes).await.map_err(PutError::Target)
+        let sent = if self.loses_whole { upload.patch_bytes(bytes).await } else { upload.put_bytes(bytes).await };
+        sent.map_err(PutError::Target)
     }
 
     /// Waits for a source that wants to be left alone. Nothing is held meanwhile.

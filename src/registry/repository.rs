@@ -25,7 +25,7 @@ use super::{
     known::Known,
     pace::Pace,
     proxy::Proxy,
-    send::{Authorization, Request, Response, host_of},
+    send::{Authorization, Request, Response, host_of, is_refusal},
     transport::{Transport, TransportError},
     upload::MountFrom,
 };
@@ -268,6 +268,16 @@ impl Repository {
         match self.execute(&request).await {
             Ok(_) => Ok(true),
             Err(error) if error.is_not_found() => Ok(false),
+            // Where it has sent us to takes the addresses for GET alone, as storage with signed ones does.
+            Err(error) if error.host != self.host().as_str() && is_refusal(error.status()) => {
+                let mut request = self.blob_request(Step::HeadBlob, Method::GET, digest)?;
+                request.headers.insert(RANGE, HeaderValue::from_static("bytes=0-0"));
+                match self.execute(&request).await {
+                    Ok(_) => Ok(true),
+                    Err(error) if error.is_not_found() => Ok(false),
+                    Err(error) => Err(error),
+                }
+            }
             Err(error) => Err(error),
         }
     }

@@ -341,7 +341,7 @@ impl Repository {
         if let Some(value) = authorization.header() {
             built.headers_mut().insert(AUTHORIZATION, value);
         }
-        let writes = request.method == Method::POST || request.method == Method::PUT;
+        let writes = matches!(request.method, Method::POST | Method::PUT | Method::PATCH);
         if writes {
             built.headers_mut().insert(CONTENT_LENGTH, HeaderValue::from(request.body.len()));
             *built.body_mut() = Some(request.body.clone().into());
@@ -511,7 +511,7 @@ impl Repository {
     }
 }
 
-fn is_refusal(status: Option<StatusCode>) -> bool {
+pub(super) fn is_refusal(status: Option<StatusCode>) -> bool {
     matches!(status, Some(StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN))
 }
 

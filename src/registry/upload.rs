@@ -201,6 +201,17 @@ impl Upload {
         self.check_committed(&request, response.inner.status())
     }
 
+    /// The same in two requests, for registries that lose what comes with the end of an upload.
+    pub(super) async fn patch_bytes(&self, bytes: Bytes) -> Result<(), Error> {
+        let mut request = self.request(Method::PATCH, false);
+        request.headers.insert(CONTENT_TYPE, OCTETS);
+        request.body = bytes;
+        let response = self.repository.execute_once(&request).await?;
+        self.moved(&request, &response)?;
+        drop(response);
+        self.close().await
+    }
+
     /// Registries answer 201, old ones 204. What else is a success comes from somebody in between.
     fn check_committed(&self, request: &Request, status: StatusCode) -> Result<(), Error> {
         if matches!(status, StatusCode::CREATED | StatusCode::NO_CONTENT) {

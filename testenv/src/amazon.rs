@@ -4,6 +4,7 @@
 use std::collections::{BTreeSet, HashMap};
 use std::fmt::Write as _;
 use std::sync::{Mutex, PoisonError};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, Result, ensure};
 use base64::Engine as _;
@@ -35,6 +36,8 @@ struct State {
     created: Vec<Value>,
     sessions: Vec<String>,
     denied: Option<String>,
+    life: Option<u64>,
+    busy: Vec<Answer>,
     pod_token: Option<String>,
     instance_role: Option<String>,
 }
@@ -81,6 +84,16 @@ impl Amazon {
     /// Denies an action of ECR to everybody; none: allows all.
     pub fn deny(&self, action: Option<&str>) {
         self.state().denied = action.map(str::to_owned);
+    }
+
+    /// Passwords are good for so many seconds from now on.
+    pub fn set_life(&self, seconds: u64) {
+        self.state().life = Some(seconds);
+    }
+
+    /// Answers so before it does anything else, the last one first.
+    pub fn be_busy(&self, answers: Vec<Answer>) {
+        self.state().busy = answers;
     }
 
     /// What EKS has given a Pod to show its agent.
@@ -134,6 +147,9 @@ impl Amazon {
         let body: Value = serde_json::from_slice(&asked.body).unwrap_or_default();
         let target = asked.header("x-amz-target").rsplit('.').next().unwrap_or_default().to_owned();
         let mut state = self.state();
+        if let Some(answer) = state.busy.pop() {
+            return answer;
+        }
         if state.denied.as_ref() == Some(&target) {
             let message = format!("User is not authorized to perform: ecr:{target}");
             return refuse(400, "AccessDeniedException", message);
@@ -142,8 +158,9 @@ impl Amazon {
             "GetAuthorizationToken" => {
                 state.given += 1;
                 let token = BASE64_STANDARD.encode(format!("AWS:{}", state.password));
-                let data =
-                    json!({"authorizationToken": token, "expiresAt": 4_102_444_800.0, "proxyEndpoint": "https://x"});
+                let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+                let end = now + state.life.unwrap_or(43_200);
+                let data = json!({"authorizationToken": token, "expiresAt": end, "proxyEndpoint": "https://x"});
                 let data = if asked.host.contains("ecr-public") { data } else { json!([data]) };
                 (200, json!({ "authorizationData": data }).to_string())
             }

@@ -20,11 +20,12 @@ use aws_smithy_runtime_api::client::{
     result::{ConnectorError, SdkError},
     runtime_components::RuntimeComponents,
 };
-use aws_smithy_types::{body::SdkBody, error::metadata::ProvideErrorMetadata, retry::RetryConfig};
+use aws_smithy_types::{DateTime, body::SdkBody, error::metadata::ProvideErrorMetadata, retry::RetryConfig};
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use http::StatusCode;
+use jiff::Timestamp;
 use secrecy::{ExposeSecret, SecretString};
 
 use super::{Account, Cloud, EcrHost, Principal, acr::Claims};
@@ -104,13 +105,12 @@ impl EcrLogin {
     }
 
     async fn password(&self, http: Arc<dyn Http>) -> Result<Issued, ExchangeError> {
-        let token = match &self.ecr {
-            EcrHost::Private { account, .. } => {
+        let (token, end) = match &self.ecr {
+            EcrHost::Private { .. } => {
                 let answer = self.ecr_client(&http).await?.get_authorization_token().send().await;
                 let data = answer.map_err(|error| of_ecr(error, TO_LOG_IN))?.authorization_data.unwrap_or_default();
-                data.into_iter().next().and_then(|data| data.authorization_token).ok_or(account)
+                data.into_iter().next().map(|data| (data.authorization_token, data.expires_at))
             }
-            .map_err(|account| malformed(&format!("there is no token for the account {account}")))?,
             EcrHost::Public => {
                 let (credentials, bridge) = (self.credentials(&http).await?, Bridge::over(&http));
                 let config = aws_sdk_ecrpublic::Config::builder()
@@ -123,15 +123,17 @@ impl EcrLogin {
                 let client = aws_sdk_ecrpublic::Client::from_conf(config);
                 let answer = client.get_authorization_token().send().await;
                 let data = answer.map_err(|error| of_ecr(error, TO_LOG_IN_PUBLICLY))?.authorization_data;
-                data.and_then(|data| data.authorization_token).ok_or_else(|| malformed("there is no token"))?
+                data.map(|data| (data.authorization_token, data.expires_at))
             }
-        };
+        }
+        .unwrap_or_default();
+        let token = token.ok_or_else(|| malformed("there is no token in the answer"))?;
         let pair = STANDARD.decode(&token).ok().and_then(|bytes| String::from_utf8(bytes).ok());
         let pair = pair.ok_or_else(|| malformed("the token is not base64"))?;
         let (name, password) =
             pair.split_once(':').ok_or_else(|| malformed("the token is not a name and a password"))?;
         let credential = Credential::new(name.to_owned(), password.to_owned().into(), &self.origin);
-        Ok(Issued { credential: Arc::new(credential), life: LIFE })
+        Ok(Issued { credential: Arc::new(credential), life: life(end) })
     }
 
     async fn create(
@@ -262,6 +264,14 @@ impl fmt::Debug for EcrLogin {
     }
 }
 
+/// What is left until then. Where our clock cannot be right, as long as Amazon always gives: what it refuses is had again.
+fn life(end: Option<DateTime>) -> Duration {
+    let left = end.map(|end| end.secs() - Timestamp::now().as_second());
+    left.and_then(|seconds| u64::try_from(seconds).ok())
+        .filter(|seconds| *seconds > 0)
+        .map_or(LIFE, |seconds| Duration::from_secs(seconds).min(LIFE))
+}
+
 /// What the audit log of the role's owner says: `[\w+=,.@-]{2,64}`.
 fn session_name(account: &Account) -> String {
     let name = format!("imagemirror-{}-{}", account.namespace, account.name);
@@ -382,6 +392,15 @@ impl HttpConnector for Bridge {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_password_lasts_as_long_as_it_is_said_to_and_twelve_hours_at_most() {
+        let now = Timestamp::now().as_second();
+        let of = |left: i64| life(Some(DateTime::from_secs(now + left))).as_secs();
+        assert!((598..=600).contains(&of(600)), "{}", of(600));
+        let longest = LIFE.as_secs();
+        assert_eq!((of(100_000), of(-600), life(None)), (longest, longest, LIFE));
+    }
 
     #[test]
     fn access_keys_are_known_by_their_names() {

@@ -67,6 +67,8 @@ fn answers() -> Vec<Row> {
             .fails(&[Reason::RepositoryMissing])
             .seen(Target, put_blobs(), 0..=0)
             .into(),
+        row("Q-head-storage", "blobs that are looked for at storage that takes GET alone", looks_at_storage),
+        row("Q-put-lost", "a registry that loses what comes with the end of an upload", loses_whole),
         row("Q-mount-from", "no mount is asked for without the repository to mount from", async |bench: Bench| {
             bench.copied(&bench.copy().await?, &bench.to, &IMAGE).await?;
             let asked = bench.target.requests();
@@ -76,6 +78,46 @@ fn answers() -> Vec<Row> {
             Ok(())
         }),
     ]
+}
+
+/// With a redirect to an address that is signed for GET. It has all blobs.
+async fn looks_at_storage(bench: Bench) -> Result<()> {
+    bench.copied(&bench.copy().await?, &bench.to, &IMAGE).await?;
+    let storage = bench.listener().await?;
+    let look = Matcher::new().method("HEAD").route(Route::Blob);
+    storage.rule(look.clone(), refusal(403, "SignatureDoesNotMatch"));
+    for blob in &IMAGE.blobs {
+        let there = format!("{}/v2/{}/blobs/{}", storage.url(), bench.repository, blob.digest);
+        bench.target.rule(
+            Matcher::new().route(Route::Blob).repository(&bench.to).reference(&blob.digest),
+            Action::respond(307).header("Location", &there),
+        );
+    }
+    bench.at_target()?.delete(&bench.to, &IMAGE.root.digest).await?;
+    bench.target.forget();
+    // What is never mounted is looked for.
+    let client = knowing(&bench, Quirks { mounts: false, ..Quirks::default() })?;
+    bench.copied(&bench.copy_with(&client, &bench.to).await?, &bench.to, &IMAGE).await?;
+    ensure!(storage.count(&look) == 3 && bench.target.count(&put_blobs()) == 0, "{}", lines(&bench.target));
+    Ok(())
+}
+
+/// Large or small: the first of each is sent again before the end, the next image's at once.
+async fn loses_whole(bench: Bench) -> Result<()> {
+    for blob in &IMAGE.blobs {
+        bench.target.rule(put_blob(blob).times(1), refusal(404, "BLOB_UPLOAD_UNKNOWN"));
+    }
+    let (client, patches) = (client(), Matcher::new().method("PATCH"));
+    bench.copied(&bench.copy_with(&client, &bench.to).await?, &bench.to, &IMAGE).await?;
+    // The answer to the large one may come before the end of it, which says nothing of the session.
+    ensure!(bench.target.count(&patches) >= 2, "{}", lines(&bench.target));
+    bench.target.forget();
+    let another = Image::single(9_901, &[1000, 2_000_000]);
+    let bench = bench.of(&another).await?;
+    bench.copied(&bench.copy_with(&client, &bench.to).await?, &bench.to, &another).await?;
+    let (sent, blobs) = (bench.target.count(&patches), another.blobs.len());
+    ensure!(sent == blobs && bench.target.count(&put_blobs()) == blobs, "{}", lines(&bench.target));
+    Ok(())
 }
 
 /// A client of an administrator who knows this of the target.

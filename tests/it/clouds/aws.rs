@@ -143,6 +143,22 @@ async fn an_access_key_is_exchanged_for_a_password_that_is_had_again_when_it_is_
 }
 
 #[tokio::test]
+async fn a_password_is_renewed_before_its_end_and_a_busy_cloud_is_asked_again() -> Result<()> {
+    let place = Place::new("ecr-renewed").await?;
+    let ecr = Ecr::start(&place, all).await?;
+    key_pair(&place, SECRET).await?;
+    let throttled = json!({"__type": "ThrottlingException", "message": "Rate exceeded"});
+    ecr.amazon.be_busy(vec![(400, throttled.to_string()), (503, String::new()), (500, "{".to_owned())]);
+    ecr.amazon.set_life(3);
+    let _operator = place.operator_from(ecr.config(&place), &json!({}), "debug")?;
+    place.apply("m", &with_key(&place)).await?;
+    place.until_ready("m").await?;
+    ensure!(ecr.amazon.given() == 1 && ecr.asked(&format!("POST {API}/")) == 4, "{:?}", ecr.hosts.asked());
+    super::images_come_over_until(&place, &["m"], || ecr.amazon.given() >= 3).await?;
+    Ok(())
+}
+
+#[tokio::test]
 async fn a_repository_that_a_push_needs_is_made_where_the_administrator_says_so() -> Result<()> {
     let place = Place::new("ecr-create").await?;
     let ecr = Ecr::start(&place, |amazon, _, path| amazon.missing(path)).await?;

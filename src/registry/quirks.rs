@@ -103,10 +103,11 @@ pub struct Fact {
 }
 
 /// How a particularity is met.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug)]
 pub enum Met {
-    /// By the quirks of the row; an administrator sets them for other hosts (`registries[].quirks`, `uploadStrategy`).
-    Quirk,
+    /// By the quirks of the row, of which this is so; an administrator sets them for other hosts (`registries[].quirks`,
+    /// `uploadStrategy`).
+    Quirk(fn(&Quirks) -> bool),
     /// By what the client does at every registry: the case of the catalogue of faults that shows it.
     Case(&'static str),
     /// The same; the test that shows it.
@@ -140,6 +141,10 @@ const fn fact(what: &'static str, source: &'static str, met: Met) -> Fact {
 
 use Met::{Case, Page, Quirk, Test};
 
+const LOGINS: Met = Test("pull_secrets_as_they_are_made_for_every_registry_open_it");
+const ECONOMY: Met = Test("the_registries_count_no_request_that_could_be_left_out");
+const DISCARDS: Met = Quirk(|quirks| !quirks.resumes_uploads);
+
 /// What is known of registries, and who says so. Rates are not among it: what vendors publish is about single actions, plans and
 /// accounts; a 429 is obeyed, and an administrator sets `limits.perSecond`.
 pub const VENDORS: &[Vendor] = &[
@@ -149,30 +154,36 @@ pub const VENDORS: &[Vendor] = &[
         quirks: Quirks::DISCARDS,
         page: "docker-hub.md",
         facts: &[
+            fact("the API is at registry-1.docker.io", "https://docs.docker.com/docker-hub/usage/pulls/", LOGINS),
             fact(
-                "the API is at registry-1.docker.io, logins are kept under https://index.docker.io/v1/",
+                "logins are kept under https://index.docker.io/v1/",
                 "https://docs.docker.com/reference/cli/docker/login/",
-                Test("pull_secrets_as_they_are_made_for_every_registry_open_it"),
+                LOGINS,
             ),
             fact(
                 "a GET of a manifest is a pull, a HEAD is none",
                 "https://docs.docker.com/docker-hub/usage/pulls/",
-                Test("the_registries_count_no_request_that_could_be_left_out"),
+                ECONOMY,
             ),
             fact(
-                "a HEAD may come without a digest",
+                "all requests of an address have a limit, too, which is answered 429 without a word of the limit of pulls",
+                "https://docs.docker.com/docker-hub/usage/",
+                Case("R13-once"),
+            ),
+            fact(
+                "a HEAD may come without a digest, as in the first editions of the specification",
                 "https://github.com/opencontainers/distribution-spec/blob/main/spec.md#checking-if-content-exists-in-the-registry",
                 Case("Q-no-digest-old"),
             ),
             fact(
                 "a mount may be answered 401",
-                "https://github.com/google/go-containerregistry/issues/1404",
+                "https://github.com/oras-project/rust-oci-client/issues/235",
                 Case("Q-mount-other-401"),
             ),
             fact(
-                "an upload that broke cannot be asked for, which was optional for long",
+                "it may be impossible to ask for an upload that broke, which is a late part of the specification",
                 "https://github.com/opencontainers/distribution-spec/pull/366",
-                Quirk,
+                DISCARDS,
             ),
         ],
     },
@@ -182,20 +193,19 @@ pub const VENDORS: &[Vendor] = &[
         quirks: Quirks { referrers_api: Some(false), ..Quirks::DISCARDS },
         page: "ghcr.md",
         facts: &[
-            fact("no referrers API", "https://github.com/actions/attest-build-provenance/issues/71", Quirk),
+            fact(
+                "no referrers API",
+                "https://github.com/actions/attest-build-provenance/issues/71",
+                Quirk(|quirks| quirks.referrers_api == Some(false)),
+            ),
             fact(
                 "pieces of a PATCH have 4 MiB at most",
                 "https://github.com/oras-project/rust-oci-client/pull/37",
                 Test("what_is_too_much_at_once_is_sent_in_pieces_from_then_on"),
             ),
             fact(
-                "mounts are for packages of one owner",
-                "https://docs.github.com/packages/learn-github-packages/about-permissions-for-github-packages",
-                Case("Q-mount-other-403"),
-            ),
-            fact(
                 "a package is created by those whom its owner lets",
-                "https://docs.github.com/packages/learn-github-packages/about-permissions-for-github-packages",
+                "https://docs.github.com/packages/learn-github-packages/configuring-a-packages-access-control-and-visibility",
                 Case("Q-create-403"),
             ),
         ],
@@ -209,10 +219,15 @@ pub const VENDORS: &[Vendor] = &[
             fact(
                 "a password is a token that ends",
                 "https://docs.aws.amazon.com/AmazonECR/latest/userguide/registry_auth.html",
-                Test("pull_secrets_as_they_are_made_for_every_registry_open_it"),
+                LOGINS,
             ),
             fact(
-                "a repository is there before it is pushed to",
+                "one that has ended is answered 403",
+                "https://docs.aws.amazon.com/AmazonECR/latest/userguide/common-errors-docker.html",
+                Test("words_that_say_more_than_the_code_are_what_counts"),
+            ),
+            fact(
+                "a repository is there before it is pushed to, or a template makes it",
                 "https://docs.aws.amazon.com/AmazonECR/latest/userguide/docker-push-ecr-image.html",
                 Case("Q-create-404"),
             ),
@@ -224,11 +239,11 @@ pub const VENDORS: &[Vendor] = &[
             fact(
                 "what a PATCH says to have arrived is stale",
                 "https://github.com/aws/containers-roadmap/issues/2831",
-                Quirk,
+                DISCARDS,
             ),
             fact(
                 "a PATCH is answered 201",
-                "https://github.com/opencontainers/distribution-spec/pull/67",
+                "https://github.com/aws/containers-roadmap/issues/2831",
                 Case("Q-patch-201"),
             ),
             fact(
@@ -240,6 +255,16 @@ pub const VENDORS: &[Vendor] = &[
                 "quotas are per action and region",
                 "https://docs.aws.amazon.com/AmazonECR/latest/userguide/service-quotas.html",
                 Case("R13-once"),
+            ),
+            fact(
+                "a list of tags has 1000 entries a page at most",
+                "https://docs.aws.amazon.com/AmazonECR/latest/APIReference/API_ListImages.html",
+                Test("a_list_of_tags_is_read_as_far_as_it_makes_sense"),
+            ),
+            fact(
+                "a manifest that an index names is not deleted",
+                "https://docs.aws.amazon.com/AmazonECR/latest/APIReference/API_ImageFailure.html",
+                Page,
             ),
         ],
     },
@@ -255,7 +280,11 @@ pub const VENDORS: &[Vendor] = &[
                 "https://github.com/Azure/acr/blob/main/docs/AAD-OAuth.md",
                 Test("a_token_without_a_user_name_is_exchanged_at_the_registry"),
             ),
-            fact("a large blob in one PUT is refused", "https://github.com/goharbor/harbor/issues/23015", Quirk),
+            fact(
+                "a large blob in one PUT is refused",
+                "https://github.com/goharbor/harbor/issues/23015",
+                Quirk(|quirks| quirks.upload == UploadStrategy::Patch),
+            ),
             fact(
                 "reads and writes a minute are limited by tier",
                 "https://learn.microsoft.com/azure/container-registry/container-registry-skus",
@@ -272,17 +301,22 @@ pub const VENDORS: &[Vendor] = &[
             fact(
                 "the user is _json_key or oauth2accesstoken",
                 "https://cloud.google.com/artifact-registry/docs/docker/authentication",
-                Test("pull_secrets_as_they_are_made_for_every_registry_open_it"),
+                LOGINS,
             ),
             fact(
-                "uploads are monolithic",
-                "https://cloud.google.com/artifact-registry/docs/docker/pushing-and-pulling",
-                Quirk,
+                "blobs come whole, not in pieces that could be continued",
+                "https://github.com/dotnet/sdk-container-builds/issues/287",
+                Quirk(|quirks| quirks.upload == UploadStrategy::Put && !quirks.resumes_uploads),
             ),
             fact(
-                "mounts are seldom honoured",
-                "https://github.com/google/go-containerregistry/blob/main/pkg/v1/remote/write.go",
+                "a mount may open an upload instead",
+                "https://github.com/google/go-containerregistry/issues/1846",
                 Case("Q-mount-202"),
+            ),
+            fact(
+                "requests have one quota for a project and a region",
+                "https://cloud.google.com/artifact-registry/quotas",
+                Case("R13-once"),
             ),
         ],
     },
@@ -293,11 +327,20 @@ pub const VENDORS: &[Vendor] = &[
         page: "quay.md",
         facts: &[
             fact(
-                "a mount without `from` fails",
-                "https://github.com/google/go-containerregistry/blob/main/pkg/v1/remote/write.go",
+                "a mount without `from` failed for long",
+                "https://github.com/quay/quay/pull/899",
                 Case("Q-mount-from"),
             ),
-            fact("429 is for a token", "https://docs.quay.io/issues/429.html", Case("R13-manifest")),
+            fact(
+                "older versions take few media types",
+                "https://github.com/oras-project/oras/issues/738",
+                Test("a_refused_form_is_told_by_what_the_manifest_is"),
+            ),
+            fact(
+                "429 is for an address and what it asks for, after a few requests a second",
+                "https://access.redhat.com/solutions/6218921",
+                Case("R13-manifest"),
+            ),
         ],
     },
     Vendor {
@@ -309,14 +352,29 @@ pub const VENDORS: &[Vendor] = &[
             fact(
                 "a robot has a `$` in its name",
                 "https://goharbor.io/docs/main/working-with-projects/project-configuration/create-robot-accounts/",
-                Test("pull_secrets_as_they_are_made_for_every_registry_open_it"),
+                LOGINS,
             ),
             fact(
                 "401 is the answer for a project that is not there",
-                "https://github.com/goharbor/harbor/issues/966",
+                "https://github.com/goharbor/harbor/issues/17097",
                 Case("R11"),
             ),
-            fact("a project must exist", "https://goharbor.io/docs/main/working-with-projects/create-projects/", Page),
+            fact(
+                "what a quota of a project does not allow is answered DENIED",
+                "https://github.com/goharbor/harbor/blob/main/src/controller/quota/controller.go",
+                Test("words_that_say_more_than_the_code_are_what_counts"),
+            ),
+            fact("a project must exist", "https://github.com/goharbor/harbor/issues/20544", Page),
+            fact(
+                "a path has the project and a repository",
+                "https://goharbor.io/docs/main/working-with-projects/working-with-images/pulling-pushing-images/",
+                Page,
+            ),
+            fact(
+                "a GET of a manifest is a pull, a HEAD is none",
+                "https://github.com/goharbor/harbor/issues/21326",
+                ECONOMY,
+            ),
         ],
     },
     Vendor {
@@ -327,13 +385,31 @@ pub const VENDORS: &[Vendor] = &[
         facts: &[
             fact(
                 "403 is the answer to HEAD of a manifest that is not there",
-                "https://jfrog.atlassian.net/browse/RTFACT-13797",
-                Quirk,
+                "https://github.com/google/go-containerregistry/issues/1691",
+                Quirk(|quirks| quirks.absent_is_forbidden),
             ),
             fact(
                 "an index is refused before its manifests are there",
                 "https://jfrog.com/help/r/jfrog-artifactory-documentation/docker-registry",
                 Case("R22-child-always"),
+            ),
+        ],
+    },
+    Vendor {
+        name: "Nexus",
+        hosts: Hosts::Names(&[]),
+        quirks: Quirks::NONE,
+        page: "README.md",
+        facts: &[
+            fact(
+                "a HEAD of a manifest may be answered 404 although it is there",
+                "https://github.com/crazy-max/diun/issues/1614",
+                Case("Q-head-404"),
+            ),
+            fact(
+                "an upload may be refused as invalid at its end",
+                "https://github.com/sonatype/nexus-public/issues/967",
+                Case("Q-put-lost"),
             ),
         ],
     },
@@ -346,12 +422,22 @@ pub const VENDORS: &[Vendor] = &[
             fact(
                 "the token server is GitLab itself",
                 "https://docs.gitlab.com/administration/packages/container_registry/",
-                Test("pull_secrets_as_they_are_made_for_every_registry_open_it"),
+                LOGINS,
             ),
             fact(
                 "a path begins with a group and a project, and has so many parts at most",
                 "https://docs.gitlab.com/user/packages/container_registry/",
                 Page,
+            ),
+            fact(
+                "the tag that lists referrers is read as the digest that it is made of",
+                "https://github.com/oras-project/oras-go/issues/1396",
+                Test("a_registry_that_reads_the_fallback_tag_as_the_digest_has_no_list_there"),
+            ),
+            fact(
+                "blobs are at storage whose addresses may be good for GET alone",
+                "https://github.com/moby/moby/issues/50065",
+                Case("Q-head-storage"),
             ),
         ],
     },
@@ -368,6 +454,11 @@ pub const VENDORS: &[Vendor] = &[
             ),
             fact(
                 "an index without all its manifests is refused unless it is configured so",
+                "https://github.com/distribution/distribution/pull/3536",
+                Test("a_refused_form_is_told_by_what_the_manifest_is"),
+            ),
+            fact(
+                "manifests with URLs are refused unless they are allowed",
                 "https://distribution.github.io/distribution/about/configuration/#validation",
                 Test("a_refused_form_is_told_by_what_the_manifest_is"),
             ),

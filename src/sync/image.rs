@@ -221,7 +221,15 @@ async fn look(
     }
     let tag = image.source.wanted();
     let at_source = async {
-        let found = source.head(&tag).await.map_err(CopyError::source)?;
+        let found = match source.head(&tag).await.map_err(CopyError::source)? {
+            Some(digest) => Some(digest),
+            // Some registries deny to have what they give all the same.
+            None => match source.manifest(&tag).await {
+                Ok(manifest) => Some(manifest.digest),
+                Err(error) if error.is_not_found() => None,
+                Err(error) => return Err(CopyError::source(error).into()),
+            },
+        };
         found.ok_or_else(|| {
             let what = format!("{}:{tag} does not exist", source.place());
             ImageError::NotFound(format!(

@@ -67,6 +67,11 @@ fn answers() -> Vec<Row> {
             .fails(&[Reason::RepositoryMissing])
             .seen(Target, put_blobs(), 0..=0)
             .into(),
+        fault("Q-head-404", "a source that denies with HEAD what it gives")
+            .old()
+            .at(Source, head_manifest(), Action::respond(404))
+            .seen(Source, head_manifest(), 1..=2)
+            .into(),
         row("Q-head-storage", "blobs that are looked for at storage that takes GET alone", looks_at_storage),
         row("Q-put-lost", "a registry that loses what comes with the end of an upload", loses_whole),
         row("Q-mount-from", "no mount is asked for without the repository to mount from", async |bench: Bench| {
@@ -134,7 +139,7 @@ fn what_registries_are_known_for_is_met_and_shown() -> Result<()> {
     let ids: HashSet<String> = super::rows().into_iter().map(|row| row.id).collect();
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let mut sources = String::new();
-    for folder in ["tests/it", "tests/it/clouds", "src/copy"] {
+    for folder in ["tests/it", "tests/it/clouds", "src/copy", "src/registry"] {
         for file in std::fs::read_dir(root.join(folder))?.filter_map(Result::ok).filter(|file| file.path().is_file()) {
             sources += &std::fs::read_to_string(file.path())?;
         }
@@ -144,7 +149,7 @@ fn what_registries_are_known_for_is_met_and_shown() -> Result<()> {
         ensure!(page.is_file() && !vendor.facts.is_empty(), "{} has no page, or nothing is known of it", vendor.name);
         for Fact { what, source, met } in vendor.facts {
             let is_shown = match met {
-                Met::Quirk => vendor.quirks != Quirks::default(),
+                Met::Quirk(is_so) => is_so(&vendor.quirks),
                 Met::Case(id) => ids.contains(*id),
                 Met::Test(name) => sources.contains(&format!("fn {name}(")),
                 Met::Page => true,

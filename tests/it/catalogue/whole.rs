@@ -43,6 +43,7 @@ fn tags() -> Vec<Row> {
         fault("R28-repository", "a repository that is gone")
             .old()
             .at(Source, head_manifest().skip(1), Action::respond(404))
+            .at(Source, get_manifest("1"), refusal(404, "NAME_UNKNOWN"))
             .fails(&[Reason::SourceNotFound])
             .seen(Target, put_manifest("1"), 0..=0)
             .into(),

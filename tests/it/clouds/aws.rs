@@ -3,13 +3,14 @@
 
 use std::sync::Arc;
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::{Value, json};
 use testenv::{
     Hosts, Image, RegistryOptions, RegistryServer,
     amazon::Amazon,
     hosts::{Answer, HostsBuilder},
     registry::Auth,
+    token::{TokenOptions, TokenServer, User},
 };
 
 use super::{TALKATIVE, nothing_is_told, service_account};
@@ -328,34 +329,56 @@ async fn what_is_wrong_with_an_identity_at_amazon_is_said_with_what_to_do() -> R
 
 #[tokio::test]
 async fn the_public_registry_has_an_api_of_its_own() -> Result<()> {
+    const PUBLIC: &str = "public.ecr.aws";
+    const STS: &str = "sts.us-east-1.amazonaws.com";
     let place = Place::new("ecr-public").await?;
-    let ca = place.env.ca()?;
-    let users = vec![("AWS".to_owned(), "ecr-password-1".to_owned())];
-    let options = RegistryOptions { name: "public".into(), auth: Auth::Htpasswd(users), ..RegistryOptions::default() };
-    let registry = RegistryServer::start(place.env, options).await?;
-    place.push(registry.registry(), "agent", "1", &Image::single(1, &[1000])).await?;
+    place.make_tokens()?;
+    let (env, ca) = (place.env, place.env.ca()?);
+    let mut options = TokenOptions { service: PUBLIC.to_owned(), ..TokenOptions::default() };
+    options.users.push(User::new("AWS", "ecr-password-1", &["pull"]));
+    let tokens = TokenServer::start(&ca, &env.log(&format!("{}-tokens", place.namespace)), options).await?;
+    let Auth::Token { service, issuer, jwks, .. } = tokens.endpoint().auth() else { bail!("it has tokens") };
+    let auth = Auth::Token { realm: format!("https://{PUBLIC}/token/"), service, issuer, jwks };
+    let options = RegistryOptions { name: "public".into(), auth, ..RegistryOptions::default() };
+    let registry = RegistryServer::start(env, options).await?;
     let amazon = Arc::new(Amazon::new("us-east-1"));
     amazon.add_key(KEY, SECRET);
     amazon.set_password("ecr-password-1");
-    let ecr = Arc::clone(&amazon);
+    amazon.trust(ROLE, &super::subject(&place, "mirror"), super::issuer(&place)?);
+    service_account(&place, "mirror", json!({"eks.amazonaws.com/role-arn": ROLE})).await?;
+    let [ecr, sts] = [(); 2].map(|()| Arc::clone(&amazon));
+    let address = tokens.endpoint().url.trim_start_matches("https://").trim_end_matches("/token").to_owned();
     let hosts = HostsBuilder::default()
-        .server("public.ecr.aws", "/v2/", registry.host())
+        .server(PUBLIC, "/v2/", registry.host())
+        .server_at(PUBLIC, "/token/", &address, "/token")
         .function("api.ecr-public.us-east-1.amazonaws.com", "/", move |asked| ecr.ecr(asked))
+        .function(STS, "/", move |asked| sts.sts(asked))
         .start(&ca)
         .await?;
-    let auths = json!({"auths": {"public.ecr.aws": {"username": KEY, "password": SECRET}}}).to_string();
+    let repository = place.repository("agent");
+    let client = testenv::Client::behind(&hosts, &env.ca_pem, PUBLIC, ("push", "push-password-4711"))?;
+    client.push(&repository, "1", &Image::single(1, &[1000])).await?;
+    let auths = json!({"auths": {PUBLIC: {"username": KEY, "password": SECRET}}}).to_string();
     place.secret("pull", "kubernetes.io/dockerconfigjson", &[(".dockerconfigjson", &auths)]).await?;
-    place.pull_secret("push", &[&place.env.target]).await?;
-    let config = json!({"caFile": place.env.ca_path, "registries": hosts.registries(&place.env.ca_path)});
+    place.pull_secret("push", &[&env.target]).await?;
+    let config = json!({"caFile": env.ca_path, "registries": hosts.registries(&env.ca_path)});
     let _operator = place.operator_from(config, &json!({}), "debug")?;
-    let source = format!("public.ecr.aws/{}", place.repository("agent"));
-    let spec = json!({
-        "images": [{"source": source, "tags": ["1"]}],
-        "imagePullSecrets": [{"name": "pull"}],
-        "target": {"registry": place.env.target.host, "secretRef": {"name": "push"}},
-    });
-    place.apply("m", &spec).await?;
-    place.until_ready("m").await?;
-    ensure!(amazon.given() == 1, "{} passwords", amazon.given());
+    let spec = |name: &str| {
+        json!({
+            "images": [{"source": format!("{PUBLIC}/{repository}"), "tags": ["1"]}],
+            "target": {"registry": env.target.host, "repository": place.repository(name), "secretRef": {"name": "push"}},
+        })
+    };
+    let (mut by_key, mut by_identity) = (spec("key"), spec("identity"));
+    by_key["imagePullSecrets"] = json!([{"name": "pull"}]);
+    by_identity["serviceAccountName"] = json!("mirror");
+    by_identity["registries"] = json!([{"host": PUBLIC, "provider": "aws"}]);
+    for (name, spec) in [("key", by_key), ("identity", by_identity)] {
+        place.apply(name, &spec).await?;
+        place.until_ready(name).await?;
+    }
+    let logins: Vec<_> = tokens.endpoint().requests()?.into_iter().filter_map(|request| request.user).collect();
+    ensure!(amazon.given() == 2 && amazon.sessions().len() == 1, "{} passwords", amazon.given());
+    ensure!(logins.iter().filter(|user| *user == "AWS").count() == 2, "{logins:?}");
     Ok(())
 }

@@ -55,7 +55,7 @@ const ROWS: &[(&str, &str, Asks, Login)] = &[
     ("registry.gitlab.com", "registry.gitlab.com", Bearer("gitlab.com", "/jwt/auth", "container_registry"),
         Kubectl("registry.gitlab.com", "gitlab+deploy-token-1", "gldt-x_y")),
     ("gcr.io", "gcr.io", Bearer("gcr.io", "/v2/token", "gcr.io"), Kubectl("https://gcr.io", "oauth2accesstoken", "ya29.a0-x")),
-    ("eu.gcr.io", "eu.gcr.io", Basic, Kubectl("eu.gcr.io", "_json_key", KEY)),
+    ("eu.gcr.io", "eu.gcr.io", Bearer("eu.gcr.io", "/v2/token", "eu.gcr.io"), Kubectl("eu.gcr.io", "_json_key", KEY)),
     (GAR, GAR, Bearer(GAR, "/v2/token", GAR), Kubectl(GAR, "_json_key", KEY)),
     ("harbor.example.com", "harbor.example.com", Bearer("harbor.example.com", "/service/token", "harbor-registry"),
         Kubectl("https://harbor.example.com/", "robot$team+push", "Zx$1 y")),

@@ -93,8 +93,9 @@ struct Registry {
 
 #[derive(Default)]
 struct State {
-    /// Seconds for which the registry's refresh tokens are good.
+    /// Seconds for which the registry's refresh tokens are good, and whose rights they have there.
     life: u64,
+    user: &'static str,
     /// The subjects that applications of the tenant believe.
     federated: HashMap<String, String>,
     /// What was shown and given.
@@ -118,7 +119,7 @@ impl Registry {
 impl Azure {
     pub(super) async fn start(place: &Place, hosts: &[&'static str]) -> Result<Arc<Self>> {
         let registries = try_join_all(hosts.iter().map(|host| Registry::start(place, host))).await?;
-        let state = Mutex::new(State { life: 600, ..State::default() });
+        let state = Mutex::new(State { life: 600, user: "push", ..State::default() });
         Ok(Arc::new(Self { issuer: super::issuer(place)?, registries, state }))
     }
 
@@ -223,7 +224,7 @@ impl Azure {
             let error = json!({"code": "UNAUTHORIZED", "message": "authentication required"});
             return (401, json!({"errors": [error]}).to_string());
         };
-        let refresh = registry.tokens.refresh_token_for("push", state.life);
+        let refresh = registry.tokens.refresh_token_for(state.user, state.life);
         state.secrets.push(refresh.clone());
         (200, json!({"refresh_token": refresh}).to_string())
     }
@@ -364,6 +365,23 @@ async fn what_is_wrong_with_an_identity_at_azure_is_said_with_what_to_do() -> Re
     ensure!(cloud.azure.state().given == 0, "{:?}", cloud.hosts.asked());
     let secrets = cloud.azure.state().secrets.clone();
     nothing_is_told(&place, &operator, &secrets).await
+}
+
+#[tokio::test]
+async fn an_identity_without_a_role_at_the_registry_is_told_which_one() -> Result<()> {
+    let place = Place::new("azure-role").await?;
+    place.make_tokens()?;
+    let cloud = Cloud::start(&place).await?;
+    cloud.azure.federate("client-a", &subject(&place, "mirror"));
+    cloud.azure.state().user = "pull";
+    service_account(&place, "mirror", annotations("client-a", TENANT)).await?;
+    place.push(&place.env.source, "agent", "1", &Image::single(1, &[1000])).await?;
+    let _operator = place.operator_from(cloud.config(&place), &json!({}), "debug")?;
+    place.apply("m", &spec(&place, "azure", REGISTRY, "team/{name}", Some("mirror"))).await?;
+    let status = place.until_reason("m", "AuthenticationFailed").await?.status.unwrap_or_default();
+    let said = message(&status, "Ready");
+    ensure!(said.contains("AcrPush to write") && !said.contains("secretRef"), "{said}");
+    Ok(())
 }
 
 #[tokio::test]

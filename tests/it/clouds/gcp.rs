@@ -55,10 +55,10 @@ fn refusal(code: u16, status: &str, message: &str) -> Answer {
 }
 
 impl Google {
-    /// Its tokens are good for `life` seconds; passwords that are not its own are those of [`TokenOptions`].
-    pub(super) async fn start(place: &Place, life: u64) -> Result<Arc<Self>> {
+    /// Its tokens are good for `life` seconds and for this at the registry; passwords that are not its own are those of [`TokenOptions`].
+    pub(super) async fn start(place: &Place, life: u64, grants: &[&str]) -> Result<Arc<Self>> {
         let passwords: Vec<_> = (0..64).map(|_| format!("ya29.token-{:032x}", fastrand::u128(..))).collect();
-        let user = |password: &String| User::new("oauth2accesstoken", password, &["pull", "push"]);
+        let user = |password: &String| User::new("oauth2accesstoken", password, grants);
         let mut options = TokenOptions { service: REGISTRY.to_owned(), expires_in: 1, ..TokenOptions::default() };
         options.users.extend(passwords.iter().map(user));
         let log = place.env.log(&format!("{}-gar-tokens", place.namespace));
@@ -187,7 +187,11 @@ struct Cloud {
 
 impl Cloud {
     async fn start(place: &Place, life: u64) -> Result<Self> {
-        let google = Google::start(place, life).await?;
+        Self::granting(place, life, &["pull", "push"]).await
+    }
+
+    async fn granting(place: &Place, life: u64, grants: &[&str]) -> Result<Self> {
+        let google = Google::start(place, life, grants).await?;
         let hosts = google.behind(HostsBuilder::default()).start(&place.env.ca()?).await?;
         Ok(Self { google, hosts })
     }
@@ -286,6 +290,21 @@ async fn what_is_wrong_with_an_identity_at_google_is_said_with_what_to_do() -> R
     let secrets = cloud.google.state().secrets.clone();
     nothing_is_told(&place, &operator, &secrets).await?;
     ensure!(!cloud.hosts.asked().iter().any(|line| line.contains("/v2/token") || line.contains("CONNECT")));
+    Ok(())
+}
+
+#[tokio::test]
+async fn an_identity_without_a_role_at_the_registry_is_told_which_one() -> Result<()> {
+    let place = Place::new("gcp-role").await?;
+    place.make_tokens()?;
+    let cloud = Cloud::granting(&place, 600, &["pull"]).await?;
+    service_account(&place, "mirror", json!({TRUST: PROVIDER})).await?;
+    place.push(&place.env.source, "agent", "1", &Image::single(1, &[1000])).await?;
+    let _operator = place.operator_from(cloud.config(&place), &json!({}), "debug")?;
+    place.apply("m", &spec(&place, "gcp", REGISTRY, "my-project/r/{name}", Some("mirror"))).await?;
+    let status = place.until_reason("m", "AuthenticationFailed").await?.status.unwrap_or_default();
+    let said = message(&status, "Ready");
+    ensure!(said.contains("roles/artifactregistry.reader or writer") && !said.contains("secretRef"), "{said}");
     Ok(())
 }
 

@@ -52,7 +52,7 @@ impl Clouds {
     async fn start(place: &Place) -> Result<Self> {
         let (amazon, azure, google) =
             tokio::try_join!(aws::Servers::start(place, &[USER]), azure::Azure::start(place, &ACR), async {
-                gcp::Google::start(place, 600).await
+                gcp::Google::start(place, 600, &["pull", "push"]).await
             })?;
         let who = subject(place, "mirror");
         amazon.amazon.trust(aws::ROLE, &who, super::issuer(place)?);

@@ -157,7 +157,9 @@ impl CopyError {
                 "grant the credential the right to push, or name another Secret"
             }
             (Reason::SourceNotFound, _) => "check the name and the tag in spec.images; a copy at the target stays",
-            (Reason::RepositoryMissing, _) => "create the repository at the target first",
+            (Reason::RepositoryMissing, _) => {
+                "create the repository at the target first, or give the credential the right to make it by a push"
+            }
             (Reason::CertificateInvalid, _) => certificate_advice(CertificateProblem::Untrusted),
             (Reason::SourceUnavailable, _) => "check spec.images[].source and that the registry is up",
             (Reason::TargetUnavailable, _) => "check spec.target.registry and that the registry is up",

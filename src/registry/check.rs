@@ -6,7 +6,8 @@
 use url::Url;
 
 use super::{
-    error::{Error, clean},
+    envelope::clean,
+    error::Error,
     repository::Repository,
     upload::{Sessions, Started},
 };

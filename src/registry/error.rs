@@ -6,9 +6,11 @@ use std::{fmt, sync::Arc, time::Duration};
 
 use http::StatusCode;
 use jiff::Timestamp;
-use serde::Deserialize;
 
-use super::network::Denied;
+use super::{
+    envelope::{NO_REPOSITORY, NO_SPACE, UNAUTHORIZED, URLS_REFUSED, clean},
+    network::Denied,
+};
 use crate::{auth::Unusable, reason::Reason};
 
 /// A failed exchange with a registry.
@@ -288,6 +290,7 @@ impl Error {
         match (self.step, code, status.as_u16()) {
             // A quota of the registry, without a time after which it is over.
             (_, Some("QUOTA_EXCEEDED" | NO_SPACE), _) | (_, _, 507) => Reason::QuotaExceeded,
+            (_, Some(NO_REPOSITORY), _) => self.absent(side),
             (_, Some("TOOMANYREQUESTS"), _) | (_, _, 429) => Reason::RateLimited,
             (Step::Login | Step::CreateRepository, Some(code), _) if code.contains("AccessDenied") => {
                 Reason::PermissionDenied
@@ -429,62 +432,10 @@ impl fmt::Display for ErrorKind {
     }
 }
 
-#[derive(Deserialize)]
-struct Envelope {
-    errors: Vec<EnvelopeError>,
-}
-
-#[derive(Deserialize)]
-struct EnvelopeError {
-    code: Option<String>,
-    message: Option<String>,
-    detail: Option<serde_json::Value>,
-}
-
-/// What we call it when a registry says in a general error that its disk is full.
-const NO_SPACE: &str = "NO_SPACE";
-/// What we call it when a registry says in a general error that it takes no manifest with these `urls`.
-const URLS_REFUSED: &str = "URLS_REFUSED";
-/// Words that say more than the code beside them, and the code that they stand for.
-const TELLING_WORDS: [(&str, &str); 4] = [
-    ("no space left on device", NO_SPACE),
-    ("invalid URL on layer", URLS_REFUSED),
-    // Harbor says DENIED to what its quota of a project does not allow, Amazon to a password of yesterday.
-    ("Quota exceeded when processing", "QUOTA_EXCEEDED"),
-    ("authorization token has expired", UNAUTHORIZED),
-];
-/// Who asks is not known (distribution-spec, "Error Codes").
-const UNAUTHORIZED: &str = "UNAUTHORIZED";
-
-/// The first code and message of an error body (distribution-spec, "Error Codes"). Other bodies say nothing.
-pub(super) fn parse_envelope(body: &[u8]) -> (Option<String>, Option<String>) {
-    let Ok(Envelope { errors }) = serde_json::from_slice(body) else { return (None, None) };
-    // What went wrong is often in a detail alone, and sometimes in that of another error.
-    let detail = errors.iter().find_map(|error| match &error.detail {
-        Some(serde_json::Value::String(text)) => Some(text.clone()),
-        _ => None,
-    });
-    let Some(first) = errors.into_iter().next() else { return (None, None) };
-    let is_code =
-        |code: &String| (1..=64).contains(&code.len()) && code.bytes().all(|b| b.is_ascii_uppercase() || b == b'_');
-    let words: Vec<String> = [first.message, detail].into_iter().flatten().collect();
-    let message = Some(clean(&words.join(": "))).filter(|message| !message.is_empty());
-    let told = TELLING_WORDS.iter().find(|(words, _)| message.as_ref().is_some_and(|message| message.contains(words)));
-    let code = told.map(|(_, code)| (*code).to_owned()).or(first.code.filter(is_code));
-    (code, message)
-}
-
-/// At most 256 characters, none of them control characters, and no query strings.
-pub(super) fn clean(text: &str) -> String {
-    let printable = text.chars().map(|c| if c.is_control() { ' ' } else { c });
-    let words: String = printable.collect();
-    let without_queries = words.split(' ').map(|word| word.split_once('?').map_or(word, |(before, _)| before));
-    without_queries.filter(|word| !word.is_empty()).collect::<Vec<_>>().join(" ").chars().take(256).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::registry::envelope::parse;
 
     fn answer(step: Step, status: u16, code: Option<&str>) -> Error {
         let kind = ErrorKind::Status {
@@ -503,13 +454,18 @@ mod tests {
             (403, "Quota exceeded when processing the request of adding 1.0 GiB of storage", Reason::QuotaExceeded),
             (403, "Your authorization token has expired. Reauthenticate and try again.", Reason::AuthenticationFailed),
             (500, "write: no space left on device", Reason::QuotaExceeded),
+            (401, "project team not found", Reason::RepositoryMissing),
+            (403, "permission_denied: create_package", Reason::RepositoryMissing),
+            (403, "installation not allowed to Create organization package", Reason::RepositoryMissing),
+            (403, "permission_denied: write_package", Reason::PermissionDenied),
             (403, "requested access to the resource is denied", Reason::PermissionDenied),
         ] {
             let body = serde_json::json!({"errors": [{"code": "DENIED", "message": words}]}).to_string();
-            let (code, message) = parse_envelope(body.as_bytes());
+            let (code, message) = parse(body.as_bytes());
             let found = answer(Step::StartUpload, status, code.as_deref());
             assert_eq!((found.reason(Side::Target), message.as_deref()), (reason, Some(words)));
-            assert!(!found.is_retryable() && found.is_unauthorized() == (reason == Reason::AuthenticationFailed));
+            let is_unauthorized = status == 401 || reason == Reason::AuthenticationFailed;
+            assert!(!found.is_retryable() && found.is_unauthorized() == is_unauthorized);
         }
     }
 
@@ -538,16 +494,6 @@ mod tests {
             assert_eq!(error.reason(side), reason, "{error}");
             assert_eq!(error.is_retryable(), retryable, "{error}");
         }
-    }
-
-    #[test]
-    fn messages_carry_no_query_and_no_control_characters() {
-        let body = br#"{"errors":[{"code":"DENIED","message":"no\naccess to https://x/y?token=hunter2 here"}]}"#;
-        let (code, message) = parse_envelope(body);
-        assert_eq!(code.as_deref(), Some("DENIED"));
-        assert_eq!(message.as_deref(), Some("no access to https://x/y here"));
-        assert_eq!(parse_envelope(br#"{"errors":[{"code":"","message":"?"}]}"#), (None, None));
-        assert_eq!(parse_envelope(b"<html>secret</html>"), (None, None));
     }
 
     #[test]

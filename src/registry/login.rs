@@ -12,14 +12,19 @@ use http::StatusCode;
 use url::Url;
 
 use super::{
-    error::{Error, ErrorKind, Step, clean},
+    envelope::clean,
+    error::{Error, ErrorKind, Step},
+    proxy::Proxy,
     repository::Repository,
-    send::{Request, cause, is_metadata},
+    send::{Authorization, Request, Response, cause, host_of},
+    transport::TransportError,
 };
 use crate::auth::{BoxError, Credential, ExchangeError, Http, ToMetadata, slots::Term};
 
 /// How long it is remembered that a repository was made. Who writes to one that is gone since then has it made again.
 const MADE: Duration = Duration::from_mins(10);
+/// Where clouds tell a machine, and Amazon's also a container, who it is.
+const METADATA: [&str; 5] = ["169.254.169.254", "[fd00:ec2::254]", "169.254.170.2", "169.254.170.23", "[fd00:ec2::23]"];
 /// Answers are read this far.
 const MAX_ANSWER: u64 = 64 << 10;
 
@@ -112,19 +117,36 @@ impl Outside {
         let (parts, body) = request.into_parts();
         let malformed = |what: String| self.repository.login_failure(ErrorKind::Malformed(what));
         let url = Url::parse(&parts.uri.to_string()).map_err(|error| malformed(error.to_string()))?;
-        let is_to_metadata = parts.extensions.get::<ToMetadata>().is_some() && is_metadata(&url);
+        let is_marked = parts.extensions.get::<ToMetadata>().is_some();
+        let is_to_metadata = is_marked && METADATA.contains(&host_of(&url).as_str());
         let mut request = Request::new(Step::Login, parts.method, url, self.repository.host().as_str());
         (request.headers, request.body) = (parts.headers, body);
-        let answer = if is_to_metadata {
-            self.repository.send_to_metadata(&request).await?
-        } else {
-            self.repository.send_outside(&request).await?
-        };
+        let answer = self.sent(&request, is_to_metadata).await?;
         let (status, headers) = (answer.inner.status(), answer.inner.headers().clone());
         let body = self.repository.read_body(answer, MAX_ANSWER, Step::Login, &request.subject).await?;
         let mut answer = http::Response::new(body);
         (*answer.status_mut(), *answer.headers_mut()) = (status, headers);
         Ok(answer)
+    }
+
+    /// To where a cloud tells who this machine is, whatever networks are closed.
+    async fn sent(&self, request: &Request, is_to_metadata: bool) -> Result<Response, Error> {
+        let (repository, url, nothing) = (&self.repository, &request.url, Authorization::nothing());
+        if repository.is_same_origin(url) {
+            return repository.dispatch(request, url.clone(), &nothing).await;
+        }
+        let (client, host) = (repository.client(), host_of(url));
+        let transport = client.transport(&host);
+        let setup = |error: TransportError| {
+            Error::new(ErrorKind::Setup(error.to_string()), request.step, &host, &request.subject)
+        };
+        if is_to_metadata {
+            let http = client.http_to_metadata(&transport).map_err(setup)?;
+            return repository.dispatch_over(&http, None, request, url, &nothing).await;
+        }
+        let http = client.http(&transport, repository.credentials()).map_err(setup)?;
+        let dialled = transport.proxy.as_deref().map_or(url, Proxy::address);
+        repository.dispatch_over(&http, Some(dialled), request, url, &nothing).await
     }
 }
 

@@ -13,6 +13,7 @@ mod body;
 mod check;
 mod client;
 mod counters;
+mod envelope;
 mod error;
 pub mod header;
 mod known;

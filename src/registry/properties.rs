@@ -7,7 +7,7 @@ use jiff::{SignedDuration, Timestamp};
 use proptest::{collection::vec, prelude::*};
 use url::Url;
 
-use super::{error::parse_envelope, header as read};
+use super::{envelope, header as read};
 
 const PAGE: &str = "https://r.example:8443/v2/a/tags/list?n=2";
 
@@ -171,7 +171,7 @@ proptest! {
         code in "[A-Z_]{0,70}|.{0,8}",
     ) {
         let body = serde_json::json!({"errors": [{"code": code, "message": message}]}).to_string();
-        let (code, message) = parse_envelope(body.as_bytes());
+        let (code, message) = envelope::parse(body.as_bytes());
         let message = message.unwrap_or_default();
         prop_assert!(message.chars().count() <= 256 && !message.contains(char::is_control), "{message:?}");
         prop_assert!(!message.contains("token="), "{message}");
@@ -183,6 +183,6 @@ proptest! {
 
     #[test]
     fn a_body_that_is_no_envelope_says_nothing(body in vec(any::<u8>(), 0..64)) {
-        prop_assert_eq!(parse_envelope(&body), (None, None));
+        prop_assert_eq!(envelope::parse(&body), (None, None));
     }
 }

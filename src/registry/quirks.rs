@@ -206,7 +206,7 @@ pub const VENDORS: &[Vendor] = &[
             fact(
                 "a package is created by those whom its owner lets",
                 "https://docs.github.com/packages/learn-github-packages/configuring-a-packages-access-control-and-visibility",
-                Case("Q-create-403"),
+                Case("Q-create-package"),
             ),
         ],
     },
@@ -364,7 +364,7 @@ pub const VENDORS: &[Vendor] = &[
                 "https://github.com/goharbor/harbor/blob/main/src/controller/quota/controller.go",
                 Test("words_that_say_more_than_the_code_are_what_counts"),
             ),
-            fact("a project must exist", "https://github.com/goharbor/harbor/issues/20544", Page),
+            fact("a project must exist", "https://github.com/goharbor/harbor/issues/20544", Case("Q-create-project")),
             fact(
                 "a path has the project and a repository",
                 "https://goharbor.io/docs/main/working-with-projects/working-with-images/pulling-pushing-images/",

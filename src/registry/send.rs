@@ -17,23 +17,20 @@ use tokio::time::{Instant, timeout};
 use url::Url;
 
 use super::{
-    error::{CertificateProblem, Error, ErrorKind, Step, parse_envelope},
+    envelope,
+    error::{CertificateProblem, Error, ErrorKind, Step},
     header,
     limits::{Identity, Permit, Shut, Verdict},
     memory::Room,
     network::Denied,
     pace::Pace,
-    proxy::Proxy,
     repository::Repository,
-    transport::TransportError,
 };
 use crate::auth::{Challenge, Credential, Scope, Token, TokenKey};
 
 /// Repetitions of a request, the first one aside.
 const MAX_RETRIES: u32 = 4;
 pub(super) const MAX_REDIRECTS: u32 = 5;
-/// Where clouds tell a machine, and Amazon's also a container, who it is.
-const METADATA: [&str; 5] = ["169.254.169.254", "[fd00:ec2::254]", "169.254.170.2", "169.254.170.23", "[fd00:ec2::23]"];
 /// Smaller bodies are not counted: as many as there may be requests in flight take little.
 const UNCOUNTED: u64 = 64 << 10;
 /// Error bodies and token answers are read this far.
@@ -295,35 +292,7 @@ impl Repository {
         self.dispatch_over(self.http(), Some(self.dialled(&url)), request, &url, authorization).await
     }
 
-    /// Sends a request to a host that is perhaps not the registry, as the administrator says that it is reached.
-    pub(super) async fn send_outside(&self, request: &Request) -> Result<Response, Error> {
-        let (url, nothing) = (&request.url, Authorization::nothing());
-        if self.is_same_origin(url) {
-            return self.dispatch(request, url.clone(), &nothing).await;
-        }
-        let host = host_of(url);
-        let transport = self.client().transport(&host);
-        let setup = |error: TransportError| {
-            Error::new(ErrorKind::Setup(error.to_string()), request.step, &host, &request.subject)
-        };
-        let http = self.client().http(&transport, self.credentials()).map_err(setup)?;
-        let dialled = transport.proxy.as_deref().map_or(url, Proxy::address);
-        self.dispatch_over(&http, Some(dialled), request, url, &nothing).await
-    }
-
-    /// Asks who this machine is where a cloud tells it, whatever networks are closed.
-    pub(super) async fn send_to_metadata(&self, request: &Request) -> Result<Response, Error> {
-        let (url, nothing) = (&request.url, Authorization::nothing());
-        let host = host_of(url);
-        let transport = self.client().transport(&host);
-        let setup = |error: TransportError| {
-            Error::new(ErrorKind::Setup(error.to_string()), request.step, &host, &request.subject)
-        };
-        let http = self.client().http_to_metadata(&transport).map_err(setup)?;
-        self.dispatch_over(&http, None, request, url, &nothing).await
-    }
-
-    async fn dispatch_over(
+    pub(super) async fn dispatch_over(
         &self,
         http: &reqwest::Client,
         checked: Option<&Url>,
@@ -423,7 +392,7 @@ impl Repository {
         let elsewhere = Some(response.inner.url()).filter(|url| !self.is_same_origin(url)).map(host_of);
         let until = header::retry_after(response.inner.headers(), Timestamp::now()).map(after);
         let body = self.read_body(response, MAX_SMALL_BODY, request.step, &request.subject).await.unwrap_or_default();
-        let (code, message) = parse_envelope(&body);
+        let (code, message) = envelope::parse(&body);
         // A message goes into the status, which more people may read than the Secret.
         let text = String::from_utf8_lossy(&body);
         let message = message.filter(|message| !self.repeats_a_secret(&text) && !self.repeats_a_secret(message));
@@ -531,11 +500,6 @@ fn scope_was_refused(response: &Response) -> bool {
     headers.iter().filter_map(|value| value.to_str().ok()).flat_map(Challenge::parse).any(
         |challenge| matches!(challenge, Challenge::Bearer { error: Some(error), .. } if error == "insufficient_scope"),
     )
-}
-
-/// Whether a cloud tells there who this machine is.
-pub(super) fn is_metadata(url: &Url) -> bool {
-    METADATA.contains(&host_of(url).as_str())
 }
 
 /// `host[:port]` of a URL, as limits and messages name it.

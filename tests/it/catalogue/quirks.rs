@@ -7,6 +7,7 @@ use imagemirror::{
     reason::Reason,
     registry::{Client, Fact, HostOptions, Met, Quirks, UploadStrategy, VENDORS},
 };
+use serde_json::json;
 use testenv::{
     RegistryOptions, RegistryServer,
     images::Image,
@@ -62,6 +63,16 @@ fn answers() -> Vec<Row> {
             .fails(&[Reason::PermissionDenied])
             .seen(Target, put_blobs(), 0..=0)
             .into(),
+        fault("Q-create-package", "the same, where the owner's settings are what forbids it")
+            .at(Target, post(), says(403, "DENIED", "permission_denied: create_package"))
+            .fails(&[Reason::RepositoryMissing])
+            .seen(Target, put_blobs(), 0..=0)
+            .into(),
+        fault("Q-create-project", "a project that is not there")
+            .at(Target, post(), says(401, "UNAUTHORIZED", "project team not found"))
+            .fails(&[Reason::RepositoryMissing])
+            .seen(Target, put_blobs(), 0..=0)
+            .into(),
         fault("Q-create-404", "a repository that has to be there before")
             .at(Target, post(), refusal(404, "NAME_UNKNOWN"))
             .fails(&[Reason::RepositoryMissing])
@@ -83,6 +94,10 @@ fn answers() -> Vec<Row> {
             Ok(())
         }),
     ]
+}
+
+fn says(status: u16, code: &str, message: &str) -> Action {
+    Action::respond(status).body(json!({ "errors": [{ "code": code, "message": message }] }).to_string())
 }
 
 /// With a redirect to an address that is signed for GET. It has all blobs.

@@ -106,6 +106,9 @@ pub enum ExchangeError {
     /// There is no point in asking.
     #[error("{0}")]
     Unusable(#[from] Unusable),
+    /// What is asked for on the way, and is no registry's, cannot be had now; soon it may.
+    #[error("{0}")]
+    NotNow(Unusable),
     /// One of these, of which it is known what to do.
     #[error("{error}; {advice}")]
     Advised {

@@ -1,7 +1,7 @@
 //! Answers that are had one at a time for each key, and kept while they are good.
 //!
-//! Whoever asks while one is being had waits for it, and for its failure. What could not be renewed because nobody answered
-//! is good until its end: it is renewed well before.
+//! Whoever asks while one is being had waits for it, and for its failure. What is being renewed, or could not be because
+//! nobody answered, is good until its end.
 
 use std::{
     collections::HashMap,
@@ -47,17 +47,28 @@ impl Term {
 }
 
 struct Slot<V, E> {
-    kept: Option<(V, Term)>,
-    failed: Option<(Instant, E)>,
+    kept: Mutex<Option<(V, Term)>>,
+    /// Held by whoever fetches; the failure of the last one who did.
+    fetching: AsyncMutex<Option<(Instant, E)>>,
 }
 
 impl<V, E> Default for Slot<V, E> {
     fn default() -> Self {
-        Self { kept: None, failed: None }
+        Self { kept: Mutex::default(), fetching: AsyncMutex::default() }
     }
 }
 
-type Shared<V, E> = Arc<AsyncMutex<Slot<V, E>>>;
+impl<V: Clone, E> Slot<V, E> {
+    fn kept(&self) -> Option<(V, Term)> {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn keep(&self, value: &V, term: Term) {
+        *self.kept.lock().unwrap_or_else(PoisonError::into_inner) = Some((value.clone(), term));
+    }
+}
+
+type Shared<V, E> = Arc<Slot<V, E>>;
 
 /// Answers by key.
 pub(crate) struct Slots<K, V, E> {
@@ -87,36 +98,47 @@ impl<K: Eq + Hash, V: Clone, E: Clone> Slots<K, V, E> {
     {
         let asked = Instant::now();
         let slot = self.slot(key);
-        let mut slot = slot.lock().await;
-        let usable = slot.kept.clone().filter(|(value, term)| !term.is_over() && accept(value));
-        if let Some((value, _)) = usable.as_ref().filter(|(_, term)| term.is_fresh()) {
-            return Ok(value.clone());
+        let usable = || slot.kept().filter(|(value, term)| !term.is_over() && accept(value));
+        let is_fresh = |(_, term): &(V, Term)| term.is_fresh();
+        if let Some((value, _)) = usable().filter(is_fresh) {
+            return Ok(value);
+        }
+        let mut failed = match (slot.fetching.try_lock(), usable()) {
+            (Ok(failed), _) => failed,
+            // Somebody is renewing it.
+            (Err(_), Some((value, _))) => return Ok(value),
+            (Err(_), None) => slot.fetching.lock().await,
+        };
+        if let Some((value, _)) = usable().filter(is_fresh) {
+            return Ok(value);
         }
         let is_answer = |(at, error): &&(Instant, E)| *at >= if (self.may_pass)(error) { asked } else { believed };
-        if let Some((_, error)) = slot.failed.as_ref().filter(is_answer) {
+        if let Some((_, error)) = failed.as_ref().filter(is_answer) {
             return Err(error.clone());
         }
-        match (fetch().await, usable) {
-            (Ok((value, term)), _) => {
-                *slot = Slot { kept: Some((value.clone(), term)), failed: None };
+        match fetch().await {
+            Ok((value, term)) => {
+                slot.keep(&value, term);
+                *failed = None;
                 Ok(value)
             }
-            (Err(error), Some((value, term))) if (self.may_pass)(&error) => {
-                slot.kept = Some((value.clone(), term.postponed()));
-                Ok(value)
-            }
-            (Err(error), _) => {
-                slot.failed = Some((Instant::now(), error.clone()));
-                Err(error)
-            }
+            Err(error) => match usable().filter(|_| (self.may_pass)(&error)) {
+                Some((value, term)) => {
+                    slot.keep(&value, term.postponed());
+                    Ok(value)
+                }
+                None => {
+                    *failed = Some((Instant::now(), error.clone()));
+                    Err(error)
+                }
+            },
         }
     }
 
-    /// The answer that there is, unless one is being fetched.
+    /// The last answer.
     pub(crate) fn peek(&self, key: &K) -> Option<V> {
         let slot = self.slots.lock().unwrap_or_else(PoisonError::into_inner).get(key).cloned()?;
-        let slot = slot.try_lock().ok()?;
-        slot.kept.as_ref().map(|(value, _)| value.clone())
+        slot.kept().map(|(value, _)| value)
     }
 
     fn slot(&self, key: K) -> Shared<V, E> {
@@ -124,9 +146,7 @@ impl<K: Eq + Hash, V: Clone, E: Clone> Slots<K, V, E> {
         if slots.len() >= Self::MAX_SLOTS && !slots.contains_key(&key) {
             // Whoever waits for a slot keeps it alive by its Arc.
             let is_used = |slot: &Shared<V, E>| Arc::strong_count(slot) > 1;
-            let is_fresh = |slot: &Shared<V, E>| {
-                slot.try_lock().is_ok_and(|slot| slot.kept.as_ref().is_some_and(|(_, term)| term.is_fresh()))
-            };
+            let is_fresh = |slot: &Shared<V, E>| slot.kept().is_some_and(|(_, term)| term.is_fresh());
             slots.retain(|_, slot| is_used(slot) || is_fresh(slot));
             // Too many that are good: rather had again than looked through at each request.
             if slots.len() > Self::MAX_SLOTS / 2 {
@@ -201,6 +221,19 @@ mod tests {
         let over = Term { renew_at: now, ends_at: now };
         assert_eq!(slots.get(2, now, |_| true, || async { Ok((7, over)) }).await, Ok(7));
         assert_eq!(slots.get(2, now, |_| true, || async { Err(true) }).await, Err(true), "it is over");
+    }
+
+    #[tokio::test]
+    async fn nobody_waits_for_what_is_being_renewed() {
+        let slots = Numbers::new(|may_pass| *may_pass);
+        let now = Instant::now();
+        let due = Term { renew_at: now, ends_at: now + HOUR };
+        let ask = async |answer| slots.get(1, now, |_| true, || async move { answer }).await;
+        assert_eq!(ask(Ok((7, due))).await, Ok(7));
+        let renews = slots.get(1, now, |_| true, std::future::pending::<Result<_, bool>>);
+        tokio::pin!(renews);
+        assert!(futures::poll!(&mut renews).is_pending());
+        assert_eq!((ask(Err(false)).await, slots.peek(&1)), (Ok(7), Some(7)));
     }
 
     #[tokio::test]

@@ -6,6 +6,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    io::ErrorKind,
     path::PathBuf,
 };
 
@@ -122,11 +123,19 @@ fn docker_login(host: &Host) -> Result<Option<CredentialStore>, Failure> {
     let Some(file) = docker_configuration() else { return Ok(None) };
     let content = match std::fs::read(&file) {
         Ok(content) => content,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => return Ok(None),
+        // That of somebody else, whose home directory is still in the environment.
+        Err(error) if error.kind() == ErrorKind::PermissionDenied => {
+            tracing::warn!(file = %file.display(), "the Docker configuration may not be read, and is left out");
+            return Ok(None);
+        }
         Err(error) => {
             return Err(Failure::Usage(format!("{ORIGIN} {} cannot be read: {error}", file.display())));
         }
     };
+    if content.iter().all(u8::is_ascii_whitespace) {
+        return Ok(None);
+    }
     match docker_credential::get_credential_from_reader(&*content, server) {
         Ok(DockerCredential::UsernamePassword(username, password)) => {
             single(host, Credential::new(username, password.into(), ORIGIN), ORIGIN).map(Some)

@@ -80,7 +80,10 @@ impl ServiceAccountTokens {
                 ),
             )),
             // No registry has a part in it.
-            Err(error) => Err(unusable(error.reason(), format!("{error}; it is tried again"))),
+            Err(error) => {
+                let message = format!("{error}; it is tried again");
+                Err(ExchangeError::NotNow(Unusable { reason: error.reason(), message }))
+            }
         }
     }
 }

@@ -186,12 +186,10 @@ impl Walk<'_> {
         let Ok(tag) = text.parse::<Tag>() else { return Ok(()) };
         let lock = self.run.fallback_lock(self.target, &text);
         let _alone = lock.lock().await;
+        let mut was_there = false;
         for _ in 0..MAX_ROUNDS {
             let (mut index, media_type, read) = match self.target.manifest(&text).await {
-                Ok(manifest) if manifest.digest == *subject => {
-                    let (subject, target) = (subject.clone(), self.target.place());
-                    return Err(CopyError::Unlisted { subject, target });
-                }
+                Ok(manifest) if manifest.digest == *subject => return Err(self.unlisted(subject)),
                 Ok(manifest) => {
                     let index = RawIndex::parse(&manifest.bytes);
                     let index = index.map_err(|error| self.refused(&manifest.digest, error))?;
@@ -205,6 +203,7 @@ impl Walk<'_> {
             if missing.is_empty() {
                 return Ok(());
             }
+            was_there |= read.is_some();
             index.manifests.extend(missing.into_iter().map(|entry| (*entry).clone()));
             let manifest = index.to_manifest(&media_type, &Digest::sha256(b""));
             let manifest = manifest.map_err(|error| self.refused(subject, error))?;
@@ -213,8 +212,16 @@ impl Walk<'_> {
                 self.put_tag(&tag, &manifest).await?;
             }
         }
+        // Taken, and never seen: it went elsewhere.
+        if !was_there {
+            return Err(self.unlisted(subject));
+        }
         let what = format!("what is attached to {subject} does not stay listed at {}", self.target.place());
         Err(CopyError::Contended(format!("{what}: another client writes the tag {tag} too")))
+    }
+
+    fn unlisted(&self, subject: &Digest) -> CopyError {
+        CopyError::Unlisted { subject: subject.clone(), target: self.target.place() }
     }
 
     /// Copies what cosign put under a tag that is made of a digest.

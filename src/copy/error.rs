@@ -138,7 +138,9 @@ impl CopyError {
                 return certificate_advice(*problem);
             }
             // It says itself what to do.
-            Self::Registry { error: Error { kind: ErrorKind::Unusable(_), .. }, .. } => return "",
+            Self::Registry { error: Error { kind: ErrorKind::Unusable(_) | ErrorKind::NotNow(_), .. }, .. } => {
+                return "";
+            }
             Self::Registry { side, .. } => *side,
             Self::Contended(_) | Self::TargetChanged => Side::Target,
             Self::Manifest { .. } | Self::Bounds { .. } | Self::PlatformMissing { .. } => Side::Source,

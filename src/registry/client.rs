@@ -146,13 +146,16 @@ struct Inner {
     limits: Mutex<HashMap<String, Arc<HostLimits>>>,
     known: Mutex<HashMap<String, Arc<Known>>>,
     holders: Mutex<HashMap<Holding, RepositoryName>>,
-    created: Slots<(String, RepositoryName), Instant, Error>,
+    created: Slots<Creation, Instant, Error>,
     small_blobs: Semaphore,
     memory: Memory,
 }
 
 /// All small blobs that are in memory at one time, in bytes.
 const SMALL_BLOBS_IN_MEMORY: u32 = 6 << 20;
+
+/// A registry, the credential with which it makes a repository, and that one.
+type Creation = (String, Digest, RepositoryName);
 
 /// A registry with the credential that it is shown, and a blob: two tenants share what they know only if both are equal.
 type Holding = ((String, Option<Digest>), Digest);
@@ -167,11 +170,11 @@ impl Client {
             options,
             pools: Pools::default(),
             open_pools: Pools::default(),
-            tokens: TokenCache::new(Error::is_retryable),
+            tokens: TokenCache::new(Error::may_pass),
             limits: Mutex::default(),
             known: Mutex::default(),
             holders: Mutex::default(),
-            created: Slots::new(Error::is_retryable),
+            created: Slots::new(Error::may_pass),
             small_blobs: Semaphore::new(SMALL_BLOBS_IN_MEMORY as usize),
         };
         Self { inner: Arc::new(inner) }
@@ -234,7 +237,7 @@ impl Client {
     }
 
     /// The repositories that were made, by registry, and when.
-    pub(super) fn created(&self) -> &Slots<(String, RepositoryName), Instant, Error> {
+    pub(super) fn created(&self) -> &Slots<Creation, Instant, Error> {
         &self.inner.created
     }
 

@@ -86,6 +86,8 @@ pub enum ErrorKind {
     Setup(String),
     /// A credential that cannot be exchanged for what the registry takes.
     Unusable(Unusable),
+    /// The same, which may pass.
+    NotNow(Unusable),
     /// Another leader may have taken over: no tag is written any more.
     LeadershipLost,
 }
@@ -167,8 +169,13 @@ impl Error {
     }
 
     /// The same failure, of what somebody else has asked for.
-    pub(super) fn about(mut self, subject: &str) -> Self {
+    ///
+    /// `origin` is where the credential is written that would have been shown.
+    pub(super) fn about(mut self, subject: &str, origin: Option<&str>) -> Self {
         subject.clone_into(&mut self.subject);
+        if let (ErrorKind::Status { credential: Some(credential), .. }, Some(origin)) = (&mut self.kind, origin) {
+            origin.clone_into(credential);
+        }
         self
     }
 
@@ -232,11 +239,25 @@ impl Error {
             && (lost_code || matches!(self.status(), Some(StatusCode::NOT_FOUND | StatusCode::RANGE_NOT_SATISFIABLE)))
     }
 
+    /// Whether it says nothing of what was asked for: the same may succeed later, soon or not.
+    #[must_use]
+    pub(super) fn may_pass(&self) -> bool {
+        let is_about_now = matches!(
+            self.kind,
+            ErrorKind::Paused(_) | ErrorKind::Closed(_) | ErrorKind::NoRoom(_) | ErrorKind::Malformed(_)
+        );
+        is_about_now || self.is_retryable()
+    }
+
     /// Whether the same exchange may succeed when it is repeated soon.
     #[must_use]
     pub fn is_retryable(&self) -> bool {
         match &self.kind {
-            ErrorKind::Connect | ErrorKind::TimedOut | ErrorKind::TooSlow | ErrorKind::Interrupted => true,
+            ErrorKind::Connect
+            | ErrorKind::TimedOut
+            | ErrorKind::TooSlow
+            | ErrorKind::Interrupted
+            | ErrorKind::NotNow(_) => true,
             ErrorKind::Status { status, code, .. } => {
                 let about_manifest = code.as_deref().is_some_and(|code| code.starts_with("MANIFEST_"));
                 let refused_form = status.is_server_error() && about_manifest;
@@ -281,7 +302,7 @@ impl Error {
             ErrorKind::Io(std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded) => Reason::QuotaExceeded,
             ErrorKind::Io(_) => unavailable,
             ErrorKind::Setup(_) => Reason::CertificateInvalid,
-            ErrorKind::Unusable(unusable) => unusable.reason,
+            ErrorKind::Unusable(unusable) | ErrorKind::NotNow(unusable) => unusable.reason,
             ErrorKind::Status { status, code, .. } => self.status_reason(*status, code.as_deref(), side, unavailable),
         }
     }
@@ -426,7 +447,7 @@ impl fmt::Display for ErrorKind {
             Self::Missing => f.write_str("it is not there"),
             Self::Io(kind) => write!(f, "{kind}"),
             Self::Setup(what) => f.write_str(what),
-            Self::Unusable(unusable) => write!(f, "{unusable}"),
+            Self::Unusable(unusable) | Self::NotNow(unusable) => write!(f, "{unusable}"),
             Self::LeadershipLost => f.write_str("this replica may no longer be the leader"),
         }
     }

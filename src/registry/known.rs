@@ -3,7 +3,7 @@
 
 use std::sync::{
     Mutex, MutexGuard, PoisonError,
-    atomic::{AtomicBool, Ordering},
+    atomic::{AtomicBool, AtomicU8, Ordering},
 };
 
 use tokio::sync::{Mutex as AsyncMutex, MutexGuard as AsyncMutexGuard};
@@ -22,8 +22,9 @@ pub(super) struct Known {
     self_mounts: AtomicBool,
     /// An upload that broke can be continued, or has not turned out to be thrown away.
     resumes: AtomicBool,
-    /// A blob that came whole with the end of its upload was lost, and one that came before the end was taken.
-    loses_whole: AtomicBool,
+    /// Blobs that were lost when they came whole with the end of their upload, and taken when they came before it; since one
+    /// was last taken whole.
+    lost_whole: AtomicU8,
     /// The referrers API is there, or is not; `None` as long as nobody has asked.
     referrers: Mutex<Option<bool>>,
     first_referrers: AsyncMutex<()>,
@@ -44,7 +45,7 @@ impl Known {
             mounts: AtomicBool::new(quirks.mounts),
             self_mounts: AtomicBool::new(quirks.mounts),
             resumes: AtomicBool::new(quirks.resumes_uploads),
-            loses_whole: AtomicBool::new(false),
+            lost_whole: AtomicU8::new(0),
             referrers: Mutex::new(quirks.referrers_api),
             first_referrers: AsyncMutex::default(),
             absent_is_forbidden: quirks.absent_is_forbidden,
@@ -121,13 +122,20 @@ impl Known {
 
     /// Whether blobs are sent before the end of their uploads, be they ever so small.
     pub(super) fn loses_whole(&self) -> bool {
-        self.loses_whole.load(Ordering::Relaxed)
+        self.lost_whole.load(Ordering::Relaxed) >= Self::LOST_ENOUGH
     }
 
-    /// It took one so that it had lost before.
-    pub(super) fn whole_are_lost(&self) {
-        self.loses_whole.store(true, Ordering::Relaxed);
+    /// It took a blob whole, or before the end what it had lost when it came whole. One loss is an accident.
+    pub(super) fn took(&self, whole: bool) {
+        if whole {
+            self.lost_whole.store(0, Ordering::Relaxed);
+        } else {
+            let more = |lost: u8| Some(lost.saturating_add(1));
+            let _ = self.lost_whole.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more);
+        }
     }
+
+    const LOST_ENOUGH: u8 = 3;
 
     /// Whether an upload that broke is worth asking about.
     pub(super) fn resumes(&self) -> bool {

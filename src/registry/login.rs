@@ -42,7 +42,7 @@ impl Repository {
         let fail = |error| self.exchange_error(error, written, (Step::Login, subject));
         let ask = || async { exchange.exchange(http).await.map_err(fail) };
         let issued = self.client().tokens().issued(self.registry_key(), written, since, ask).await;
-        issued.map(Some).map_err(|error| error.about(subject))
+        issued.map(Some).map_err(|error| error.about(subject, Some(written.origin())))
     }
 
     /// Whether a text repeats a password, also one that was issued.
@@ -74,7 +74,7 @@ impl Repository {
             let now = Instant::now();
             Ok((now, Term::new(now, MADE)))
         };
-        let key = (self.registry_key().to_owned(), self.name().clone());
+        let key = (self.registry_key().to_owned(), written.fingerprint().clone(), self.name().clone());
         self.client().created().get(key, began, |at| *at > began, create).await.map(|_| ())
     }
 
@@ -97,6 +97,7 @@ impl Repository {
                 fail(ErrorKind::Status { status, code, message, until: None, credential }, &host)
             }
             ExchangeError::Malformed { host, what } => fail(ErrorKind::Malformed(what), &host),
+            ExchangeError::NotNow(unusable) => fail(ErrorKind::NotNow(unusable), self.host().as_str()),
             ExchangeError::Unusable(unusable) => fail(ErrorKind::Unusable(unusable), self.host().as_str()),
             ExchangeError::Advised { error, advice } => {
                 let mut error = self.exchange_error(*error, written, (step, subject));

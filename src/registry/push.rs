@@ -59,7 +59,7 @@ impl Repository {
             options,
             marks: Marks::for_size(blob.size),
             was_too_early: false,
-            loses_whole: self.known().loses_whole(),
+            instead: self.known().loses_whole().then_some(UploadStrategy::Patch),
             pauses: 0,
         };
         let stored = push.run().await?;
@@ -77,8 +77,8 @@ struct Push<'a> {
     marks: Marks,
     /// A continuation was refused because more had arrived meanwhile.
     was_too_early: bool,
-    /// A session was lost with the request that brought the whole blob: the next one brings it before the end.
-    loses_whole: bool,
+    /// How to send this blob, where it was lost with the request that brought it whole.
+    instead: Option<UploadStrategy>,
     /// Times the source was waited for.
     pauses: u32,
 }
@@ -105,9 +105,7 @@ impl Push<'_> {
             let error = match self.send(&upload, from, strategy).await {
                 Ok(()) => {
                     session.finish();
-                    if self.loses_whole {
-                        self.target.known().whole_are_lost();
-                    }
+                    self.target.known().took(strategy == UploadStrategy::Put);
                     return Ok(Stored::Copied);
                 }
                 Err(error) => error,
@@ -128,7 +126,7 @@ impl Push<'_> {
                 broken = Some((upload, stored));
                 continue;
             }
-            let is_too_much = is_too_much(&error) && self.target.known().strategy_refused(strategy);
+            let is_too_much = is_too_much(&error) && self.refused(strategy);
             // Corrupt bytes may be one broken connection: once more, on a new one.
             let corrupt_once = is_corrupt(&error, from) && !std::mem::replace(&mut was_corrupt, true);
             if is_too_much {
@@ -136,7 +134,10 @@ impl Push<'_> {
             } else if sessions == MAX_SESSIONS || !(corrupt_once || is_worth_another_session(&error)) {
                 return Err(error);
             }
-            self.loses_whole |= matches!(&error, PutError::Target(error) if error.is_lost_session());
+            let is_lost = matches!(&error, PutError::Target(error) if error.is_lost_session());
+            if is_lost && strategy == UploadStrategy::Put {
+                self.instead = Some(UploadStrategy::Patch);
+            }
             tracing::debug!(host = %error.inner().host, error = %error.inner(), %digest, "sending a blob again");
             upload.cancel().await;
             session.finish();
@@ -145,9 +146,18 @@ impl Push<'_> {
     }
 
     fn strategy(&self) -> UploadStrategy {
-        match self.target.known().strategy() {
-            UploadStrategy::Put if self.loses_whole => UploadStrategy::Patch,
-            strategy => strategy,
+        let known = if self.blob.size <= SMALL { UploadStrategy::Put } else { self.target.known().strategy() };
+        self.instead.filter(|_| known == UploadStrategy::Put).unwrap_or(known)
+    }
+
+    /// What was sent so was too much at once. False if there is no other way to try.
+    fn refused(&mut self, strategy: UploadStrategy) -> bool {
+        match self.instead {
+            Some(instead) if instead == strategy => {
+                self.instead = instead.after_refusal();
+                self.instead.is_some()
+            }
+            _ => self.target.known().strategy_refused(strategy),
         }
     }
 
@@ -168,7 +178,7 @@ impl Push<'_> {
 
     async fn send(&mut self, upload: &Upload, from: u64, strategy: UploadStrategy) -> Result<(), PutError> {
         if self.blob.size <= SMALL {
-            return self.send_small(upload).await;
+            return self.send_small(upload, strategy).await;
         }
         let beginning = Feed::beginning(self.blob, &self.marks, from);
         let (_streams, stream) = loop {
@@ -190,7 +200,7 @@ impl Push<'_> {
         result
     }
 
-    async fn send_small(&mut self, upload: &Upload) -> Result<(), PutError> {
+    async fn send_small(&mut self, upload: &Upload, strategy: UploadStrategy) -> Result<(), PutError> {
         let (_room, bytes) = loop {
             let room = self.target.client().room_for_small(self.blob.size).await;
             match self.source.read().await {
@@ -201,7 +211,10 @@ impl Push<'_> {
                 }
             }
         };
-        let sent = if self.loses_whole { upload.patch_bytes(bytes).await } else { upload.put_bytes(bytes).await };
+        let sent = match strategy {
+            UploadStrategy::Put => upload.put_bytes(bytes).await,
+            UploadStrategy::Patch | UploadStrategy::Chunks(_) => upload.patch_bytes(bytes).await,
+        };
         sent.map_err(PutError::Target)
     }
 
@@ -314,7 +327,7 @@ fn leaves_a_session(error: &PutError) -> bool {
             ErrorKind::Interrupted | ErrorKind::TimedOut | ErrorKind::TooSlow => true,
             ErrorKind::Status { status, code, .. } => {
                 status.is_server_error()
-                    || (matches!(status.as_u16(), 401 | 408 | 416 | 429)
+                    || ((matches!(status.as_u16(), 408 | 416 | 429) || error.is_unauthorized())
                         && code.as_deref() != Some("BLOB_UPLOAD_UNKNOWN"))
             }
             _ => false,
@@ -327,7 +340,7 @@ fn is_worth_another_session(error: &PutError) -> bool {
         // A source that fails has been asked again and again.
         PutError::Source(error) => is_paused(error),
         // A token may have run out while the body was sent: the next POST fetches a fresh one.
-        PutError::Target(error) => error.status_code() == 401 || error.is_retryable(),
+        PutError::Target(error) => error.is_unauthorized() || error.is_retryable(),
     }
 }
 

@@ -224,7 +224,7 @@ pub const VENDORS: &[Vendor] = &[
             fact(
                 "one that has ended is answered 403",
                 "https://docs.aws.amazon.com/AmazonECR/latest/userguide/common-errors-docker.html",
-                Test("words_that_say_more_than_the_code_are_what_counts"),
+                Test("a_password_that_has_ended_is_had_again"),
             ),
             fact(
                 "a repository is there before it is pushed to, or a template makes it",

@@ -374,7 +374,8 @@ impl Repository {
             let read_at = self.credential(index).filter(|_| since.is_none()).map(|credential| credential.read_at());
             let believed = read_at.unwrap_or_else(std::time::Instant::now);
             let token = self.client().tokens().get(key, (refused, believed), fetch).await;
-            let token = token.map_err(|error| error.about(subject))?;
+            let origin = self.credential(index).map(|credential| credential.origin());
+            let token = token.map_err(|error| error.about(subject, origin))?;
             return Ok(Authorization { kind: AuthorizationKind::Token(token), identity });
         }
         if !challenges.contains(&Challenge::Basic) {

@@ -49,6 +49,10 @@ impl Repository {
             _ => None,
         };
         let held = next.as_ref().map(|next| Arc::clone(&next.credential));
+        // Somebody has found out meanwhile.
+        if next.as_ref().is_some_and(|next| next.is_kept) {
+            next = None;
+        }
         let credential = kept.or(held).or_else(|| login.cloned());
         let (credential, is_identity) = (credential.as_ref(), identity.is_some());
         let ask = |by_post: bool| Self::token_request(&url, service, scope, credential.filter(|_| by_post), subject);

@@ -258,11 +258,12 @@ impl Upload {
     async fn send_stream(&self, request: Request, body: FeedBody, state: &BodyState) -> Result<HeaderMap, Error> {
         let repository = &self.repository;
         let host = host_of(&request.url);
+        let mut may_renew = true;
         let (authorization, permit) = loop {
             let authorization = self.authorization(&request).await?;
             let permit = repository.place(&host, &authorization.identity, &request).await?;
-            // Waiting for a place may have taken longer than the token lives.
-            if authorization.is_fresh() {
+            // Waiting for a place may have taken longer than the token lives. One that cannot be renewed just now is shown.
+            if authorization.is_fresh() || !std::mem::take(&mut may_renew) {
                 break (authorization, permit);
             }
         };

@@ -258,8 +258,21 @@ async fn an_entry_that_never_stays_is_given_up() -> Result<()> {
         proxy.rule(Matcher::new().method(method).route(Route::Manifest).reference(&tag), Do::respond(404));
     }
     let (reason, message) = Direct::of("a:1", "a:1").fails(source.registry(), proxy.registry()).await?;
+    let writes = Matcher::new().method("PUT").route(Route::Manifest).reference(&tag);
+    // What was never there is no matter of another client: GitLab's takes it, and has it nowhere.
+    ensure!(reason == Reason::ManifestRefused && message.contains("cannot be found there"), "{reason}: {message}");
+    ensure!(proxy.count(&writes) == 5);
+    proxy.clear();
+    proxy.forget();
+    let empty = Image::index_of(&[]).root;
+    for method in ["GET", "HEAD"] {
+        let answer = Do::respond(200).header("Content-Type", OCI_INDEX).header("Docker-Content-Digest", &empty.digest);
+        let answer = if method == "GET" { answer.body(empty.bytes.clone()) } else { answer };
+        proxy.rule(Matcher::new().method(method).route(Route::Manifest).reference(&tag), answer);
+    }
+    let (reason, message) = Direct::of("a:1", "b:1").fails(source.registry(), proxy.registry()).await?;
     ensure!(reason == Reason::Conflict && message.contains(&tag), "{reason}: {message}");
-    ensure!(proxy.count(&Matcher::new().method("PUT").route(Route::Manifest).reference(&tag)) == 5);
+    ensure!(proxy.count(&writes) == 5);
     Ok(())
 }
 

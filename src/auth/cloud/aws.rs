@@ -346,7 +346,8 @@ where
         Some(_) if !is_unanswered => {
             let why = causes().last().map(ToString::to_string).unwrap_or_default();
             let message = format!("this program's own identity at Amazon could not be had: {why}; check its role");
-            Unusable { reason: Reason::AuthenticationFailed, message }.into()
+            // It may be that Amazon, or its agent in the cluster, is busy.
+            ExchangeError::NotNow(Unusable { reason: Reason::AuthenticationFailed, message })
         }
         _ => ExchangeError::Unanswered(Box::new(error)),
     }

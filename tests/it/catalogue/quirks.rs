@@ -19,6 +19,7 @@ use super::bench::{
     Bench, IMAGE, INDEX, Row,
     Side::{Source, Target},
     client, fault, get_manifest, head_manifest, large, lines, post, put_blob, put_blobs, put_manifest, refusal, row,
+    small,
 };
 use crate::cases::{image, sync_with};
 
@@ -85,6 +86,12 @@ fn answers() -> Vec<Row> {
             .into(),
         row("Q-head-storage", "blobs that are looked for at storage that takes GET alone", looks_at_storage),
         row("Q-put-lost", "a registry that loses what comes with the end of an upload", loses_whole),
+        fault("Q-put-lost-413", "the same where what comes before the end is too much: it ends")
+            .at(Target, put_blob(small()).times(1), refusal(404, "BLOB_UPLOAD_UNKNOWN"))
+            .at(Target, Matcher::new().method("PATCH"), Action::respond(413))
+            .fails(&[Reason::TargetUnavailable])
+            .seen(Target, Matcher::new().method("PATCH"), 1..=4)
+            .into(),
         row("Q-mount-from", "no mount is asked for without the repository to mount from", async |bench: Bench| {
             bench.copied(&bench.copy().await?, &bench.to, &IMAGE).await?;
             let asked = bench.target.requests();
@@ -122,20 +129,20 @@ async fn looks_at_storage(bench: Bench) -> Result<()> {
     Ok(())
 }
 
-/// Large or small: the first of each is sent again before the end, the next image's at once.
+/// What is lost whole is sent before the end, and after some of them everything is at once.
 async fn loses_whole(bench: Bench) -> Result<()> {
-    for blob in &IMAGE.blobs {
+    let (first, second) = (Image::single(9_901, &[1000, 1001, 1002]), Image::single(9_902, &[1000, 2_000_000]));
+    let (client, patches) = (client(), Matcher::new().method("PATCH"));
+    let bench = bench.of(&first).await?;
+    for blob in &first.blobs {
         bench.target.rule(put_blob(blob).times(1), refusal(404, "BLOB_UPLOAD_UNKNOWN"));
     }
-    let (client, patches) = (client(), Matcher::new().method("PATCH"));
-    bench.copied(&bench.copy_with(&client, &bench.to).await?, &bench.to, &IMAGE).await?;
-    // The answer to the large one may come before the end of it, which says nothing of the session.
-    ensure!(bench.target.count(&patches) >= 2, "{}", lines(&bench.target));
+    bench.copied(&bench.copy_with(&client, &bench.to).await?, &bench.to, &first).await?;
+    ensure!(bench.target.count(&patches) == first.blobs.len(), "{}", lines(&bench.target));
     bench.target.forget();
-    let another = Image::single(9_901, &[1000, 2_000_000]);
-    let bench = bench.of(&another).await?;
-    bench.copied(&bench.copy_with(&client, &bench.to).await?, &bench.to, &another).await?;
-    let (sent, blobs) = (bench.target.count(&patches), another.blobs.len());
+    let bench = bench.of(&second).await?;
+    bench.copied(&bench.copy_with(&client, &bench.to).await?, &bench.to, &second).await?;
+    let (sent, blobs) = (bench.target.count(&patches), second.blobs.len());
     ensure!(sent == blobs && bench.target.count(&put_blobs()) == blobs, "{}", lines(&bench.target));
     Ok(())
 }

@@ -1,7 +1,10 @@
 //! Amazon Elastic Container Registry, private and public, with access keys, roles of `ServiceAccount`s, and the operator's own
 //! identity.
 
-use std::sync::Arc;
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, Ordering},
+};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::{Value, json};
@@ -156,6 +159,31 @@ async fn a_password_is_renewed_before_its_end_and_a_busy_cloud_is_asked_again() 
     place.until_ready("m").await?;
     ensure!(ecr.amazon.given() == 1 && ecr.asked(&format!("POST {API}/")) == 4, "{:?}", ecr.hosts.asked());
     super::images_come_over_until(&place, &["m"], || ecr.amazon.given() >= 3).await?;
+    Ok(())
+}
+
+/// Amazon says 403 to it, and in words alone why.
+#[tokio::test]
+async fn a_password_that_has_ended_is_had_again() -> Result<()> {
+    let place = Place::new("ecr-ended").await?;
+    let has_ended = Arc::new(AtomicBool::new(true));
+    let until = Arc::clone(&has_ended);
+    let ecr = Ecr::start(&place, move |_, method, _| {
+        let words = "Your authorization token has expired. Reauthenticate and try again.";
+        let answer = json!({"errors": [{"code": "DENIED", "message": words}]});
+        let is_asked = method == http::Method::POST && until.swap(false, Ordering::Relaxed);
+        is_asked.then(|| (403, answer.to_string()))
+    })
+    .await?;
+    key_pair(&place, SECRET).await?;
+    let _operator = place.operator_from(ecr.config(&place), &json!({}), "debug")?;
+    place.apply("m", &with_key(&place)).await?;
+    let status = place.until_ready("m").await?.status.unwrap_or_default();
+    ensure!(
+        ecr.amazon.given() == 2 && !has_ended.load(Ordering::Relaxed),
+        "{} passwords: {status:?}",
+        ecr.amazon.given()
+    );
     Ok(())
 }
 

@@ -145,8 +145,8 @@ const LOGINS: Met = Test("pull_secrets_as_they_are_made_for_every_registry_open_
 const ECONOMY: Met = Test("the_registries_count_no_request_that_could_be_left_out");
 const DISCARDS: Met = Quirk(|quirks| !quirks.resumes_uploads);
 
-/// What is known of registries, and who says so. Rates are not among it: what vendors publish is about single actions, plans and
-/// accounts; a 429 is obeyed, and an administrator sets `limits.perSecond`.
+/// What is known of registries, and who says so. Rates are facts and no quirks: what is published of them is about single actions,
+/// plans and accounts; a 429 is obeyed, and an administrator sets `limits.perSecond`.
 pub const VENDORS: &[Vendor] = &[
     Vendor {
         name: "Docker Hub",
@@ -202,6 +202,11 @@ pub const VENDORS: &[Vendor] = &[
                 "pieces of a PATCH have 4 MiB at most",
                 "https://github.com/oras-project/rust-oci-client/pull/37",
                 Test("what_is_too_much_at_once_is_sent_in_pieces_from_then_on"),
+            ),
+            fact(
+                "2000 requests a minute, and when to go on is said in the message alone",
+                "https://github.com/chainguard-images/images/issues/173",
+                Case("R13-once"),
             ),
             fact(
                 "a package is created by those whom its owner lets",
@@ -392,6 +397,11 @@ pub const VENDORS: &[Vendor] = &[
                 "an index is refused before its manifests are there",
                 "https://jfrog.com/help/r/jfrog-artifactory-documentation/docker-registry",
                 Case("R22-child-always"),
+            ),
+            fact(
+                "a blob that came with the end of its upload may be unknown afterwards",
+                "https://github.com/docker/buildx/issues/196",
+                Case("Q-put-lost"),
             ),
         ],
     },

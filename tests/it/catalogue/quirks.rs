@@ -135,7 +135,7 @@ async fn loses_whole(bench: Bench) -> Result<()> {
     let (client, patches) = (client(), Matcher::new().method("PATCH"));
     let bench = bench.of(&first).await?;
     for blob in &first.blobs {
-        bench.target.rule(put_blob(blob).times(1), refusal(404, "BLOB_UPLOAD_UNKNOWN"));
+        bench.target.rule(put_blob(blob).times(1), refusal(404, "BLOB_UNKNOWN"));
     }
     bench.copied(&bench.copy_with(&client, &bench.to).await?, &bench.to, &first).await?;
     ensure!(bench.target.count(&patches) == first.blobs.len(), "{}", lines(&bench.target));

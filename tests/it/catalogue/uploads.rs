@@ -231,12 +231,19 @@ async fn given_up(bench: Bench) -> Result<()> {
     bench.failed(&report, &[Reason::QuotaExceeded], None).await?;
     let requests = bench.target.requests();
     let deletes: Vec<_> = requests.iter().filter(|request| cancel().matches(&request.key, &request.path)).collect();
+    let looks = Matcher::new().method("GET").route(Route::Upload);
     // Bytes that were under way make the first location an old one: then it takes a second DELETE, as it does where the
     // copy of another blob failed in mid-DELETE. What broke off the registry may have forgotten.
     let session = |path: &str| path.split('?').next().unwrap_or_default().to_owned();
     let mut sessions: HashMap<_, Vec<_>> = HashMap::new();
     for delete in deletes {
         sessions.entry(session(&delete.path)).or_default().push(delete.status);
+    }
+    // It says so when it is asked before the second one.
+    for look in requests.iter().filter(|request| looks.matches(&request.key, &request.path)) {
+        sessions
+            .entry(session(&look.path))
+            .and_modify(|statuses| statuses.push(look.status.filter(|status| *status == 404)));
     }
     let is_ended = |statuses: &Vec<Option<u16>>| statuses.iter().any(|status| matches!(status, Some(204 | 404)));
     ensure!(sessions.values().all(is_ended) && sessions.len() <= 3, "{}", lines(&bench.target));

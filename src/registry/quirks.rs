@@ -204,6 +204,11 @@ pub const VENDORS: &[Vendor] = &[
                 Test("what_is_too_much_at_once_is_sent_in_pieces_from_then_on"),
             ),
             fact(
+                "a mount from another owner's package opens an upload, as it may at every registry",
+                "https://github.com/opencontainers/distribution-spec/blob/main/spec.md#mounting-a-blob-from-another-repository",
+                Case("Q-mount-202"),
+            ),
+            fact(
                 "2000 requests a minute, and when to go on is said in the message alone",
                 "https://github.com/chainguard-images/images/issues/173",
                 Case("R13-once"),

@@ -125,14 +125,15 @@ impl Known {
         self.lost_whole.load(Ordering::Relaxed) >= Self::LOST_ENOUGH
     }
 
-    /// It took a blob whole, or before the end what it had lost when it came whole. One loss is an accident.
-    pub(super) fn took(&self, whole: bool) {
-        if whole {
-            self.lost_whole.store(0, Ordering::Relaxed);
-        } else {
-            let more = |lost: u8| Some(lost.saturating_add(1));
-            let _ = self.lost_whole.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more);
-        }
+    /// It took a blob with the end of its upload.
+    pub(super) fn took_whole(&self) {
+        self.lost_whole.store(0, Ordering::Relaxed);
+    }
+
+    /// It lost a blob so, and took it before the end. One loss is an accident.
+    pub(super) fn lost_whole(&self) {
+        let more = |lost: u8| Some(lost.saturating_add(1));
+        let _ = self.lost_whole.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more);
     }
 
     const LOST_ENOUGH: u8 = 3;

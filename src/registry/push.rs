@@ -86,7 +86,7 @@ struct Push<'a> {
 impl Push<'_> {
     async fn run(&mut self) -> Result<Stored, PutError> {
         let mut sessions = 0;
-        let (mut was_corrupt, mut was_slow) = (false, 0);
+        let (mut was_corrupt, mut was_slow, mut was_lost) = (false, 0, false);
         let mut broken: Option<(Upload, u64)> = None;
         loop {
             let (upload, from) = match broken.take() {
@@ -105,7 +105,11 @@ impl Push<'_> {
             let error = match self.send(&upload, from, strategy).await {
                 Ok(()) => {
                     session.finish();
-                    self.target.known().took(strategy == UploadStrategy::Put);
+                    match strategy {
+                        UploadStrategy::Put => self.target.known().took_whole(),
+                        _ if was_lost => self.target.known().lost_whole(),
+                        _ => {}
+                    }
                     return Ok(Stored::Copied);
                 }
                 Err(error) => error,
@@ -137,6 +141,7 @@ impl Push<'_> {
             let is_lost = matches!(&error, PutError::Target(error) if error.is_lost_session());
             if is_lost && strategy == UploadStrategy::Put {
                 self.instead = Some(UploadStrategy::Patch);
+                was_lost = true;
             }
             tracing::debug!(host = %error.inner().host, error = %error.inner(), %digest, "sending a blob again");
             upload.cancel().await;
@@ -146,19 +151,22 @@ impl Push<'_> {
     }
 
     fn strategy(&self) -> UploadStrategy {
-        let known = if self.blob.size <= SMALL { UploadStrategy::Put } else { self.target.known().strategy() };
+        let known = if self.is_small() { UploadStrategy::Put } else { self.target.known().strategy() };
         self.instead.filter(|_| known == UploadStrategy::Put).unwrap_or(known)
     }
 
     /// What was sent so was too much at once. False if there is no other way to try.
     fn refused(&mut self, strategy: UploadStrategy) -> bool {
-        match self.instead {
-            Some(instead) if instead == strategy => {
-                self.instead = instead.after_refusal();
-                self.instead.is_some()
-            }
-            _ => self.target.known().strategy_refused(strategy),
+        // How large blobs are sent is the registry's matter; what is small, or was lost, is this blob's.
+        if !self.is_small() && self.instead != Some(strategy) {
+            return self.target.known().strategy_refused(strategy);
         }
+        self.instead = strategy.after_refusal();
+        self.instead.is_some()
+    }
+
+    fn is_small(&self) -> bool {
+        self.blob.size <= SMALL
     }
 
     async fn start(&self) -> Result<Started, Error> {
@@ -177,7 +185,7 @@ impl Push<'_> {
     }
 
     async fn send(&mut self, upload: &Upload, from: u64, strategy: UploadStrategy) -> Result<(), PutError> {
-        if self.blob.size <= SMALL {
+        if self.is_small() {
             return self.send_small(upload, strategy).await;
         }
         let beginning = Feed::beginning(self.blob, &self.marks, from);

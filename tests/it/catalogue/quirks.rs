@@ -92,6 +92,12 @@ fn answers() -> Vec<Row> {
             .fails(&[Reason::TargetUnavailable])
             .seen(Target, Matcher::new().method("PATCH"), 1..=4)
             .into(),
+        row(
+            "Q-small-413",
+            "what is small and too much at once, where large blobs are sent otherwise: it ends",
+            small_is_too_much,
+        ),
+        row("Q-small-whole", "what is small is sent whole where large blobs are not", small_stays_whole),
         row("Q-mount-from", "no mount is asked for without the repository to mount from", async |bench: Bench| {
             bench.copied(&bench.copy().await?, &bench.to, &IMAGE).await?;
             let asked = bench.target.requests();
@@ -144,6 +150,30 @@ async fn loses_whole(bench: Bench) -> Result<()> {
     bench.copied(&bench.copy_with(&client, &bench.to).await?, &bench.to, &second).await?;
     let (sent, blobs) = (bench.target.count(&patches), second.blobs.len());
     ensure!(sent == blobs && bench.target.count(&put_blobs()) == blobs, "{}", lines(&bench.target));
+    Ok(())
+}
+
+async fn small_is_too_much(bench: Bench) -> Result<()> {
+    bench.target.rule(put_blob(small()), Action::respond(413));
+    let client = knowing(&bench, Quirks { upload: UploadStrategy::Patch, ..Quirks::default() })?;
+    let report = bench.copy_with(&client, &bench.to).await?;
+    bench.failed(&report, &[Reason::TargetUnavailable], None).await?;
+    ensure!(bench.target.count(&put_blob(small())) <= 5, "{}", lines(&bench.target));
+    Ok(())
+}
+
+async fn small_stays_whole(bench: Bench) -> Result<()> {
+    const MEBIBYTES: usize = 2 << 20;
+    let client = knowing(&bench, Quirks { upload: UploadStrategy::Patch, ..Quirks::default() })?;
+    let large = Image::single(9_903, &[MEBIBYTES, MEBIBYTES + 1, MEBIBYTES + 2, MEBIBYTES + 3]);
+    let (patches, tiny) = (Matcher::new().method("PATCH"), Image::single(9_904, &[1000, 1001]));
+    let bench = bench.of(&large).await?;
+    bench.copied(&bench.copy_with(&client, &bench.to).await?, &bench.to, &large).await?;
+    ensure!(bench.target.count(&patches) == 4, "{}", lines(&bench.target));
+    bench.target.forget();
+    let bench = bench.of(&tiny).await?;
+    bench.copied(&bench.copy_with(&client, &bench.to).await?, &bench.to, &tiny).await?;
+    ensure!(bench.target.count(&patches) == 0, "{}", lines(&bench.target));
     Ok(())
 }
 

@@ -24,6 +24,14 @@ use crate::{
     reason::Reason,
 };
 
+/// What the operator's configuration says, which the user may not be able to read.
+#[derive(Debug, Args)]
+pub(super) struct OfOperator {
+    /// By what Google knows the cluster: gcp.workloadIdentity of the operator's configuration.
+    #[arg(long, value_name = "RESOURCE")]
+    gcp_workload_identity: Option<GcpTrust>,
+}
+
 /// For one question to the API server.
 const DEADLINE: Duration = Duration::from_secs(30);
 const MANAGER: &str = "kubectl-imagemirror";
@@ -147,13 +155,7 @@ impl Cluster {
     }
 
     /// Everything that a mirror names, read as the user; what cannot be read is part of the answer.
-    ///
-    /// `gcp_trust` is what the operator's configuration says of the cluster, which the user may not be able to read.
-    pub(super) async fn secrets(
-        &self,
-        mirror: &ValidatedMirror,
-        gcp_trust: Option<GcpTrust>,
-    ) -> Result<Secrets, Failure> {
+    pub(super) async fn secrets(&self, mirror: &ValidatedMirror, of_operator: &OfOperator) -> Result<Secrets, Failure> {
         let mut account = Account::default();
         if let Some(name) = &mirror.service_account {
             match self.read::<ServiceAccount>("ServiceAccount", name).await? {
@@ -170,6 +172,7 @@ impl Cluster {
             Some(name) => {
                 let place = (self.namespace.as_str(), name.as_str());
                 let tokens = ServiceAccountTokens::new(self.client.clone(), place, AskedBy::User, DEADLINE);
+                let gcp_trust = of_operator.gcp_workload_identity.clone();
                 Ok(account.principal(&self.namespace, name, gcp_trust, Arc::new(tokens)))
             }
             // The user's own would say nothing of it.

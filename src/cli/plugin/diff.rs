@@ -2,9 +2,8 @@
 
 use clap::Args;
 
-use super::cluster::Cluster;
+use super::cluster::{Cluster, OfOperator};
 use crate::{
-    auth::cloud::GcpTrust,
     cli::{Failure, Output, mirrors::Outcome, plan, signals},
     mirror::{last_digests, prepare},
     registry::{Client, ClientOptions, Transport},
@@ -18,16 +17,15 @@ pub(super) struct Arguments {
     /// How the plan is written.
     #[arg(short, long, value_enum, default_value_t = Output::Text)]
     output: Output,
-    /// By what Google knows the cluster: gcp.workloadIdentity of the operator's configuration.
-    #[arg(long, value_name = "RESOURCE")]
-    gcp_workload_identity: Option<GcpTrust>,
+    #[command(flatten)]
+    of_operator: OfOperator,
 }
 
 pub(super) async fn run(cluster: &Cluster, arguments: &Arguments) -> Result<(), Failure> {
     let cancel = signals();
     let found = cluster.get(&arguments.name).await?;
     let mirror = cluster.validated(&found)?;
-    let secrets = cluster.secrets(&mirror, arguments.gcp_workload_identity.clone()).await?;
+    let secrets = cluster.secrets(&mirror, &arguments.of_operator).await?;
     let last = last_digests(&mirror, &found.status.unwrap_or_default());
     let prepared = prepare(&mirror, &secrets, |_| Transport::default(), &last);
     let (client, registries) = (Client::new(ClientOptions::default()), prepared.registries);
